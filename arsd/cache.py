@@ -1,0 +1,116 @@
+"""A preallocated key/value cache with a length per row, behind transformers' cache interface.
+
+Nothing is ever concatenated or moved: a pass scatters its new entries, rolling back assigns lengths, and stale entries are
+masked until they are overwritten. Attention always runs over the full buffers under a 4-D mask, so the shape of a pass does
+not depend on how far a row has come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RowCacheLayer(CacheLayerMixin):
+    """Keys and values [B, H, S, d] of one decoder layer; entries go to the flat slots of the pass in progress."""
+
+    is_compileable = True
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, owner: RowCache) -> None:
+        super().__init__()
+        self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a NaN behind the mask would leak
+        self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_initialized = True
+        self._owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers exist from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new entries [B, H, T, d] and return the full buffers."""
+        flat, width = self._owner.slots, self.keys.shape[-1]
+        self.keys.view(-1, width).index_copy_(0, flat, key_states.reshape(-1, width))
+        self.values.view(-1, width).index_copy_(0, flat, value_states.reshape(-1, width))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(S, 0): attention covers the whole buffer."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        """0: positions and mask are always given explicitly, never derived from here."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """S."""
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        """S (the name of ``get_max_length`` before transformers 5.20)."""
+        return self.keys.shape[2]
+
+
+class RowCache(Cache):
+    """All layers, the committed length of each row, and the mask of the pass in progress.
+
+    Use: ``begin(T)`` before a pass over T tokens (sets write slots, returns positions and mask), then ``rollback(lengths)``.
+    Do not hand it to ``generate()``.
+
+    Args:
+        num_layers: decoder layers.
+        batch: rows B (streams included).
+        heads: key/value heads H.
+        size: slots S per row: condition + tokens + the overhang of the last pass.
+        head_dim: d.
+        dtype: of keys, values and mask.
+        device: of all tensors.
+        hidden: [B, S] slots that no token may attend to (padded condition), or ``None``.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        heads: int,
+        size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        hidden: Tensor | None = None,
+    ) -> None:
+        device = torch.device(device)
+        shape = (batch, heads, size, head_dim)
+        layers: list[Any] = [RowCacheLayer(shape, dtype, device, self) for _ in range(num_layers)]
+        super().__init__(layers=layers)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(0, dtype=torch.int64, device=device)
+        self._size, self._hidden = size, hidden if hidden is not None and bool(hidden.any()) else None
+        lowest = torch.finfo(dtype).min
+        self._causal = torch.full((size, size), lowest, dtype=dtype, device=device).triu_(1)
+        self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
+        self._mask = torch.empty(0, dtype=dtype, device=device)
+
+    def begin(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Aim the next pass at the slots behind each row's length.
+
+        Returns:
+            positions [B, T] (absolute slots) and the additive mask [B, 1, T, S], a buffer that the next pass reuses.
+        """
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        self.slots = (self._row_base + positions[:, None]).flatten()
+        batch = len(self.lengths)
+        if self._mask.shape[:1] != (batch * num_tokens,):
+            self._mask = torch.empty(batch * num_tokens, self._size, dtype=self._causal.dtype, device=positions.device)
+        torch.index_select(self._causal, 0, positions.flatten(), out=self._mask)
+        mask = self._mask.view(batch, 1, num_tokens, self._size)
+        if self._hidden is not None:
+            mask.masked_fill_(self._hidden[:, None, None], torch.finfo(mask.dtype).min)
+            mask.scatter_(-1, positions[:, None, :, None], 0.0)  # a padded slot sees itself, or its row would be empty
+        return positions, mask
+
+    def rollback(self, lengths: Tensor) -> None:
+        """Keep ``lengths`` [B] entries per row; what lies behind is overwritten by the next passes."""
+        self.lengths = lengths

@@ -1,0 +1,32 @@
+"""The decoding engine: one loop (:func:`decode`), laws, noise, rules, drafters, strategies."""
+
+from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
+from arsd.decoding.loop import DecodeResult, decode
+from arsd.decoding.noise import CounterNoise, Purpose
+from arsd.decoding.stats import DecodeStats
+from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
+from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
+
+__all__ = [
+    "SJD",
+    "STRATEGIES",
+    "Autoregressive",
+    "CounterNoise",
+    "DecodeRequest",
+    "DecodeResult",
+    "DecodeStats",
+    "DecodingStrategy",
+    "Draft",
+    "Grammar",
+    "Law",
+    "LawConfig",
+    "Laws",
+    "Outcome",
+    "Parts",
+    "Purpose",
+    "Setting",
+    "Step",
+    "Verdict",
+    "decode",
+    "parse_strategy",
+]

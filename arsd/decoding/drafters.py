@@ -1,0 +1,143 @@
+"""Drafters: where guesses come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from arsd.decoding.laws import Grammar, Law
+from arsd.decoding.noise import Noise, Purpose
+from arsd.decoding.types import Draft, Step, Verdict
+
+Redraft = Callable[[Step, Law, Verdict], Tensor]
+
+
+def redraft_by_rule(step: Step, law: Law, verdict: Verdict) -> Tensor:
+    """Go on with the token that the rule itself gave each slot (Gumbel fixed point, maximal coupling)."""
+    return verdict.tokens
+
+
+def redraft_by_gumbel(step: Step, law: Law, verdict: Verdict) -> Tensor:
+    """argmax(log p + G) with noise fixed per position: SCD-GS (arXiv 2510.24211). Tests and residuals use other noise."""
+    noise = step.noise.token_gumbel(step.positions, law.scores.shape[-1], law.scores.dtype)
+    return (law.scores + noise).argmax(-1)
+
+
+def redraft_independently(step: Step, law: Law, verdict: Verdict) -> Tensor:
+    """A fresh draw from p in every slot: SJD as published (arXiv 2410.01699)."""
+    behind = torch.arange(step.positions.shape[1], device=step.positions.device) >= verdict.count[:, None]
+    return step.noise.categorical(law.probs, Purpose.REDRAFT, step.positions, step.iteration, step.active & behind)
+
+
+class NoDraft:
+    """Plain autoregressive decoding: no guesses."""
+
+    needs_law = False
+
+    def propose(self, step: Step) -> Draft:
+        """No guess."""
+        return Draft(step.positions[:, :0])
+
+    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
+        """Nothing to learn."""
+
+
+class Jacobi:
+    """Jacobi iterates (SJD, arXiv 2410.01699, section 3): last pass's tokens are this pass's guesses.
+
+    Guesses are kept by absolute position, never by slot. For a rule that needs it, the law recorded with a guess is always
+    the one that it was drawn from: p of the last pass, or the initialiser's.
+
+    Args:
+        redraft: how slots behind the first refusal get their next guess.
+        init: what a slot holds when it enters the window: ``uniform`` (drawn, and recorded as uniform over the allowed ids),
+            ``random`` (the same draw recorded as a point mass, as released SJD code does), ``left`` or ``above`` (a copy of the
+            neighbour). Forced positions start with the forced token.
+        needs_law: keep draft laws.
+        batch: rows.
+        num_tokens: tokens per row.
+        row_length: tokens per line of the picture.
+        grammar: forced and allowed ids.
+        noise: for the initial draws.
+    """
+
+    def __init__(
+        self,
+        redraft: Redraft,
+        init: str,
+        needs_law: bool,
+        batch: int,
+        num_tokens: int,
+        row_length: int,
+        window: int,
+        grammar: Grammar,
+        noise: Noise,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.redraft, self.init, self.needs_law = redraft, init, needs_law
+        self.num_tokens, self.row_length, self.grammar = num_tokens, row_length, grammar
+        positions = torch.arange(num_tokens, device=device).expand(batch, -1)
+        index = noise.integers(grammar.num_choices(positions), Purpose.INITIAL, positions)
+        self.guesses = torch.zeros(batch, num_tokens + window, dtype=torch.int64, device=device)
+        self.guesses[:, :num_tokens] = grammar.choice(positions, index)
+        forced = grammar.forced_at(positions)
+        self.guesses[:, :num_tokens] = torch.where(forced >= 0, forced, self.guesses[:, :num_tokens])
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.entered = torch.zeros(batch, dtype=torch.int64, device=device)  # positions below it have been in a window
+        self.last_law: tuple[Tensor, Tensor] | None = None  # (first position [B], p [B, W, V]) of the last pass
+
+    def propose(self, step: Step) -> Draft:
+        """Last pass's tokens, and initial ones for the slots that enter."""
+        positions = step.positions[:, :-1]
+        if self.init in ("left", "above"):
+            self._copy_neighbours(positions)
+        tokens = self.guesses[self.rows, positions]
+        return Draft(tokens, self._recorded_law(positions, tokens) if self.needs_law else None)
+
+    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
+        """Write the next guesses; remember p as their law."""
+        committed = step.positions < lengths[:, None]
+        tokens = torch.where(committed, verdict.tokens, self.redraft(step, law, verdict))
+        live = step.width[:, None] > 0
+        self.guesses[self.rows, step.positions] = torch.where(live, tokens, self.guesses[self.rows, step.positions])
+        self.entered = torch.maximum(self.entered, step.positions[:, -1] + 1)
+        if self.needs_law:
+            self.last_law = (step.positions[:, 0], law.probs)
+
+    def _copy_neighbours(self, positions: Tensor) -> None:
+        if not positions.shape[1]:
+            return
+        fresh = positions >= self.entered[:, None]
+        left = self.guesses[self.rows, (self.entered[:, None] - 1).clamp_min(0)]
+        if self.init == "above" and self.row_length:
+            above = self.guesses[self.rows, (positions - self.row_length).clamp_min(0)]
+            left = torch.where(positions >= self.row_length, above, left)
+        fresh &= (self.grammar.forced_at(positions) < 0) & (positions > 0) & self._allowed(positions, left)
+        now = self.guesses[self.rows, positions]
+        self.guesses[self.rows, positions] = torch.where(fresh, left, now)
+
+    def _allowed(self, positions: Tensor, tokens: Tensor) -> Tensor:
+        if self.grammar.allowed is None:
+            return torch.ones_like(positions, dtype=torch.bool)
+        group = self.grammar.group[positions.clamp_max(self.num_tokens - 1)]
+        return self.grammar.allowed[group, tokens.expand_as(positions)]
+
+    def _recorded_law(self, positions: Tensor, tokens: Tensor) -> Tensor:
+        """q [B, K, V] of the guesses at ``positions``."""
+        law = self.grammar.uniform_law(positions) if self.init == "uniform" else torch.zeros_like(self._blank(positions))
+        point = self.grammar.forced_at(positions) >= 0
+        if self.init != "uniform":
+            point = torch.ones_like(point)
+        ids = torch.arange(self.grammar.vocab, device=positions.device)
+        law = torch.where(point[..., None], (ids == tokens[..., None]).to(law.dtype), law)
+        if self.last_law is None:
+            return law
+        first, p = self.last_law
+        offset = positions - first[:, None]
+        known = (offset >= 0) & (offset < p.shape[1])
+        return torch.where(known[..., None], p[self.rows, offset.clamp(0, p.shape[1] - 1)].to(law.dtype), law)
+
+    def _blank(self, positions: Tensor) -> Tensor:
+        return torch.zeros(*positions.shape, self.grammar.vocab, dtype=torch.float64, device=positions.device)

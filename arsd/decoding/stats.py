@@ -1,0 +1,106 @@
+"""What a call did: passes, accepted lengths, seconds by part."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PARTS = ("prefill", "draft", "forward", "verify", "other")
+
+
+@dataclass
+class DecodeStats:
+    """Figures of one decode call.
+
+    Args:
+        forward_passes: passes of the big model after the prefill (one pass serves the whole batch).
+        prefill_passes: passes that only fed the condition.
+        pass_tokens: tokens per row in every pass.
+        tokens: committed tokens of each row.
+        row_passes: passes in which each row was active.
+        accepted_lengths: tokens committed per row and pass -> how often.
+        seconds: wall-clock seconds by part: prefill, draft, forward, verify, other.
+        near_ties: committed arg-maxes of each row decided by less than ``arsd.decoding.rules.NEAR_TIE``.
+        expected_changed_tokens: summed local total variation of relaxed rules, per row; 0 when lossless.
+    """
+
+    forward_passes: int = 0
+    prefill_passes: int = 0
+    pass_tokens: int = 1
+    tokens: list[int] = field(default_factory=list)
+    row_passes: list[int] = field(default_factory=list)
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    near_ties: list[int] = field(default_factory=list)
+    expected_changed_tokens: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Committed tokens per row and pass."""
+        return sum(self.tokens) / max(1, sum(self.row_passes))
+
+    @property
+    def total_seconds(self) -> float:
+        """All parts together."""
+        return sum(self.seconds.values())
+
+    @property
+    def outside_forward_share(self) -> float:
+        """Share of a round that is not the forward pass (the prefill does not count)."""
+        rounds = sum(self.seconds[part] for part in PARTS[1:])
+        return 1 - self.seconds["forward"] / rounds if rounds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "forward_passes": self.forward_passes,
+            "prefill_passes": self.prefill_passes,
+            "pass_tokens": self.pass_tokens,
+            "tokens": self.tokens,
+            "row_passes": self.row_passes,
+            "tokens_per_pass": self.tokens_per_pass,
+            "accepted_lengths": {str(k): v for k, v in sorted(self.accepted_lengths.items())},
+            "seconds": self.seconds,
+            "outside_forward_share": self.outside_forward_share,
+            "near_ties": self.near_ties,
+            "expected_changed_tokens": self.expected_changed_tokens,
+        }
+
+
+class Stopwatch:
+    """Adds the time of ``with watch(part):`` to ``seconds``.
+
+    On an accelerator the parts are separated by events, which do not wait for the device; ``close`` reads them.
+    """
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self.seconds, self.cuda = seconds, device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time one part."""
+        if self.cuda:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            yield
+            last.record()
+            self._events.append((part, first, last))
+            return
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Read pending events."""
+        if self._events:
+            torch.cuda.synchronize()
+        for part, first, last in self._events:
+            self.seconds[part] += first.elapsed_time(last) / 1000
+        self._events.clear()

@@ -1,0 +1,183 @@
+"""Decoding strategies: what a user picks. Configuration only; a call builds its own parts, so one object can be shared.
+
+They are schedulers in diffusers' sense (as its discrete and block-refinement schedulers are): they live in a pipeline as the
+component ``decoder``, save to ``decoder_config.json`` and round-trip through ``from_config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from arsd.decoding.drafters import Jacobi, NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
+from arsd.decoding.laws import Grammar
+from arsd.decoding.noise import Noise
+from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.types import FixedWindow, Parts, Rule
+from arsd.errors import StrategyError
+
+
+@dataclass
+class Setting:
+    """What a strategy may need to know of a call."""
+
+    batch: int
+    num_tokens: int
+    row_length: int
+    grammar: Grammar
+    noise: Noise
+    device: torch.device
+
+
+class DecodingStrategy(SchedulerMixin, ConfigMixin):
+    """Base of all strategies.
+
+    Attributes:
+        name: what it is called on the command line.
+        lossless: whether the output has exactly the law of plain autoregressive decoding.
+        seed_exact: whether the tokens are exactly those of plain autoregressive decoding with the same seed.
+    """
+
+    config_name = "decoder_config.json"
+    name = ""
+    lossless = True
+    seed_exact = True
+
+    def build(self, setting: Setting) -> Parts:
+        """The parts for one call."""
+        raise NotImplementedError
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return list(STRATEGIES.values())
+
+    def __str__(self) -> str:
+        """The strategy as the command line takes it, with the options that are not at their default."""
+        defaults = {k: v for k, v in type(self)().config.items() if not k.startswith("_")}
+        given = [f"{k}={self.config[k]}" for k, v in defaults.items() if self.config[k] != v]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise StrategyError(f"{name} must be a whole number >= {least}, not {value!r}")
+    return value
+
+
+class Autoregressive(DecodingStrategy):
+    """Plain autoregressive decoding: one token per pass. The reference of every comparison.
+
+    Args:
+        pass_tokens: tokens per pass; 1 is the fastest form (``ar``). With the ``pass_tokens`` of another strategy, the first
+            slot is used and the rest is padding: the identity reference (``ar@W``).
+    """
+
+    name = "ar"
+
+    @register_to_config
+    def __init__(self, pass_tokens: int = 1) -> None:
+        _whole("pass_tokens", pass_tokens, 1)
+
+    def build(self, setting: Setting) -> Parts:
+        """See :class:`DecodingStrategy`."""
+        return Parts(NoDraft(), SeedExact(), FixedWindow(1), self.config["pass_tokens"])
+
+
+class SJD(DecodingStrategy):
+    """Speculative Jacobi Decoding (arXiv 2410.01699) with a choice of couplings between iterates; lossless, training-free.
+
+    Args:
+        window: slots per pass: the last committed token and ``window - 1`` guesses; 1 is plain autoregressive decoding.
+        coupling: how a guess depends on its predecessor in the last pass.
+
+            - ``gumbel``: one Gumbel noise per position decides tokens and guesses (fixed point of arXiv 2002.09928). The
+              output equals plain AR token for token.
+            - ``maximal``: the accept-or-residual rule goes on behind the first refusal (SCD-MC, arXiv 2510.24211).
+            - ``gumbel-rejection``: Gumbel-coupled guesses, verified by speculative sampling (SCD-GS, same paper).
+            - ``independent``: fresh draws, as SJD was published.
+        init: what a slot holds when it enters the window: ``uniform``, ``random``, ``left`` or ``above``; see
+            :class:`arsd.decoding.drafters.Jacobi`.
+        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``. It belongs to the identity of a sample
+            in reduced precision, ``window`` does not.
+    """
+
+    name = "sjd"
+    _COUPLINGS: dict[str, tuple[Redraft, bool]] = {
+        "gumbel": (redraft_by_rule, False),
+        "maximal": (redraft_by_rule, True),
+        "gumbel-rejection": (redraft_by_gumbel, True),
+        "independent": (redraft_independently, True),
+    }
+    _INITS = ("uniform", "left", "above", "random")
+
+    @register_to_config
+    def __init__(
+        self, window: int = 16, coupling: str = "gumbel", init: str = "uniform", pass_tokens: int | None = None
+    ) -> None:
+        _whole("window", window, 1)
+        if coupling not in self._COUPLINGS:
+            raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._COUPLINGS)}")
+        if init not in self._INITS:
+            raise StrategyError(f"unknown init {init!r}: choose from {', '.join(self._INITS)}")
+        if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < window:
+            raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
+
+    @property
+    def seed_exact(self) -> bool:  # type: ignore[override]
+        """Only the ``gumbel`` coupling gives plain AR's own tokens; the others only its law."""
+        return bool(self.config["coupling"] == "gumbel")
+
+    def build(self, setting: Setting) -> Parts:
+        """See :class:`DecodingStrategy`."""
+        config = self.config
+        redraft, needs_law = self._COUPLINGS[config["coupling"]]
+        drafter = Jacobi(
+            redraft,
+            config["init"],
+            needs_law,
+            setting.batch,
+            setting.num_tokens,
+            setting.row_length,
+            config["window"],
+            setting.grammar,
+            setting.noise,
+            setting.device,
+        )
+        rule: Rule = RejectionSampling(every_slot=config["coupling"] == "maximal") if needs_law else SeedExact()
+        return Parts(drafter, rule, FixedWindow(config["window"]), config["pass_tokens"] or config["window"])
+
+
+STRATEGIES: dict[str, type[DecodingStrategy]] = {cls.name: cls for cls in (Autoregressive, SJD)}
+
+
+def parse_strategy(text: str) -> DecodingStrategy:
+    """``name`` or ``name:key=value,key=value`` to a strategy, e.g. ``sjd:window=32,coupling=maximal``.
+
+    Raises:
+        StrategyError: for an unknown name, an unknown option or a value that does not fit.
+    """
+    name, _, options = text.strip().partition(":")
+    if name not in STRATEGIES:
+        raise StrategyError(f"unknown decoder {name!r}: choose from {', '.join(STRATEGIES)}")
+    cls = STRATEGIES[name]
+    known = {k: v for k, v in cls().config.items() if not k.startswith("_")}
+    values: dict[str, Any] = {}
+    for item in filter(None, options.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key not in known:
+            raise StrategyError(f"{name} has no option {item!r}: its options are {', '.join(known)} (key=value)")
+        values[key] = _parse_value(value)
+    return cls(**values)
+
+
+def _parse_value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"none": None, "true": True, "false": False}.get(text.lower(), text)

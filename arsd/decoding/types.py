@@ -1,0 +1,193 @@
+"""The data that flows through the decoding loop. A window is a chain now; ``parents`` and ``path`` leave room for trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from arsd.decoding.laws import Law
+    from arsd.decoding.noise import Noise
+
+
+class Outcome(IntEnum):
+    """How a committed token came about."""
+
+    ACCEPTED = 0  # a draft that the rule took
+    RESAMPLED = 1  # the rule's own token, where a draft was refused
+    BONUS = 2  # drawn where there was no draft
+    FORCED = 3  # the grammar leaves no choice
+
+
+@dataclass
+class Draft:
+    """Guesses for the positions that follow the last committed token.
+
+    Args:
+        tokens: [B, K]; guess j stands for position n + j.
+        law: [B, K, V] law q that each guess was really drawn from; ``None`` when the rule does not need it.
+        parents: [B, K] index of each guess's parent in a tree, ``None`` for a chain.
+    """
+
+    tokens: Tensor
+    law: Tensor | None = None
+    parents: Tensor | None = None
+
+
+@dataclass
+class Verdict:
+    """What a rule decided about one pass.
+
+    Args:
+        count: [B] tokens to commit, at least 1 in every active row.
+        tokens: [B, W]; the first ``count`` are committed. A rule that judges every slot fills the rest as well, and a
+            drafter may go on from there.
+        outcome: [B, W] :class:`Outcome` of each slot.
+        near_tie: [B, W] slots whose arg-max was decided by less than the stated margin, or ``None``.
+        path: [B, W] accepted nodes of a tree, ``None`` for a chain.
+    """
+
+    count: Tensor
+    tokens: Tensor
+    outcome: Tensor
+    near_tie: Tensor | None = None
+    path: Tensor | None = None
+
+
+@dataclass
+class Step:
+    """Where every row stands in this round; rebuilt once per pass.
+
+    Args:
+        positions: [B, W] absolute image positions of the window's slots.
+        width: [B] slots that may be committed: clipped exactly at the end of the image, 0 in a finished row.
+        iteration: [B] passes this row has seen, which keys the noise of tests, residuals and redrafts.
+        active: [B, W] slots below ``width``.
+        starts: committed lengths on the host.
+        noise: the random choices.
+    """
+
+    positions: Tensor
+    width: Tensor
+    iteration: Tensor
+    active: Tensor
+    starts: list[int]
+    noise: Noise
+
+
+class Drafter(Protocol):
+    """Where guesses come from. Its state lives in the object, which belongs to one call."""
+
+    needs_law: bool
+
+    def propose(self, step: Step) -> Draft:
+        """Guesses for the window's slots but the last."""
+        ...
+
+    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
+        """Learn the outcome; ``lengths`` [B] are the committed lengths after this pass."""
+        ...
+
+
+class Rule(Protocol):
+    """When a guess is taken."""
+
+    def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
+        """Judge the drafts of one pass under the target law."""
+        ...
+
+
+class Target(Protocol):
+    """The big model behind the loop; owns its cache and the condition of every row."""
+
+    vocab: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def prefill(self, pass_tokens: int) -> int:
+        """Feed the condition (but its last slot); returns the number of forward passes it took."""
+        ...
+
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+        """One pass over [last committed token, drafts, padding] = ``tokens`` [B, T]; logits [S, B, T, V].
+
+        ``lengths`` [B] (``starts`` on the host) are the committed lengths. Column 0 of a row with length 0 is ignored: the
+        last condition slot is fed in its place.
+        """
+        ...
+
+    def rollback(self, lengths: Tensor) -> None:
+        """Keep the cache up to the last token but one of each row; the rest is forgotten without a copy."""
+        ...
+
+
+class Controller(Protocol):
+    """How many guesses to make."""
+
+    def window(self) -> int:
+        """Slots of the next pass: the last committed token and the guesses after it."""
+        ...
+
+    def observe(self, counts: list[int], seconds: float) -> None:
+        """Learn how many tokens each active row committed, and what the pass cost."""
+        ...
+
+
+@dataclass
+class FixedWindow:
+    """The same window in every pass."""
+
+    size: int
+
+    def window(self) -> int:
+        """The fixed size."""
+        return self.size
+
+    def observe(self, counts: list[int], seconds: float) -> None:
+        """Nothing to learn."""
+
+
+@dataclass
+class Parts:
+    """One combination of parts, made by a strategy for one call."""
+
+    drafter: Drafter
+    rule: Rule
+    controller: Controller
+    pass_tokens: int
+
+
+@dataclass
+class Round:
+    """One pass of one call, for traces (host tensors): see :class:`Draft`, :class:`Verdict`."""
+
+    positions: Tensor
+    drafts: Tensor
+    tokens: Tensor
+    outcome: Tensor
+    counts: list[int]
+
+
+@dataclass
+class DecodeRequest:
+    """What to decode.
+
+    Args:
+        num_tokens: N, tokens per row.
+        row_length: tokens per line of the picture, for the spatial initialisers.
+        log_probs: also return each token's log-probability and the entropy of its law.
+        trace: also return every :class:`Round`.
+        on_commit: called after each pass with the number of newly committed tokens and the tokens so far [B, N]; returns
+            ``True`` to stop.
+    """
+
+    num_tokens: int
+    row_length: int = 0
+    log_probs: bool = False
+    trace: bool = False
+    on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)

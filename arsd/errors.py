@@ -1,0 +1,25 @@
+"""One exception type per kind of user mistake; every message says what was wrong and what to do."""
+
+
+class ArsdError(ValueError):
+    """Base of every error that a caller can cause; the command line prints it as one line and exits with 2."""
+
+
+class InputError(ArsdError):
+    """A prompt, shape or option that the call cannot work with."""
+
+
+class StrategyError(ArsdError):
+    """An unknown decoding strategy, or an option that the strategy does not have or cannot take."""
+
+
+class CheckpointError(ArsdError):
+    """A weight file that is missing, truncated, of another layout, or whose shapes do not fit."""
+
+
+class NonFiniteLogitsError(ArsdError):
+    """The model returned NaN or +inf logits, so no token can be drawn from them."""
+
+
+class DataError(ArsdError):
+    """Training or evaluation data that is missing or not what it should be."""

@@ -1,0 +1,356 @@
+"""Published LlamaGen weight files (arXiv 2406.06525), transformer and VQ tokenizer, read and written in their own layout.
+
+The files carry no config: everything but the grid, and the heads of sizes that were never published, follows from
+tensor shapes. Upstream fuses q, k and v and rotates interleaved channel pairs; here the fused matrix is split and the
+rows of q and k are reordered, which leaves every attention score as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from arsd.errors import CheckpointError, InputError
+from arsd.models.llamagen import LlamaGenTransformer
+from arsd.models.rotary import GridRotaryTable
+from arsd.tokenizers.vq import VQTokenizer
+
+Layout = dict[str, tuple[str, ...]]  # upstream key -> our parameters, whose rows stacked make the upstream tensor
+
+PUBLISHED_HEADS = {
+    (768, 12): 12,  # B
+    (1024, 24): 16,  # L
+    (1280, 36): 20,  # XL
+    (1536, 48): 24,  # XXL
+    (2560, 48): 40,  # XXXL
+    (2048, 22): 32,  # 1B
+    (3200, 24): 32,  # 3B
+    (4096, 32): 32,  # 7B
+}
+"""Attention heads of the published sizes by (width, layers)."""
+
+_CONTAINERS = ("model", "module", "state_dict")
+_CLASS_TABLE = "cls_embedding.embedding_table.weight"
+_NULL_CAPTION = "cls_embedding.uncond_embedding"
+_STEM_KEYS = {
+    "tok_embeddings.weight": "lm.model.embed_tokens.weight",
+    "norm.weight": "lm.model.norm.weight",
+    "output.weight": "lm.lm_head.weight",
+}
+_TEXT_KEYS = {
+    _NULL_CAPTION: "uncond_embedding",
+    "cls_embedding.cap_proj.fc1.weight": "caption_projection.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "caption_projection.fc2.weight",
+}
+_LAYER_KEYS = {
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_VQ_RENAMES = (
+    (".down.", ".conv_blocks."),
+    (".up.", ".conv_blocks."),  # both lists start at the lowest resolution
+    (".block.", ".res."),
+    (".mid.block_1.", ".mid.0."),
+    (".mid.attn_1.", ".mid.1."),
+    (".mid.block_2.", ".mid.2."),
+)
+_CODES_USED = "quantize.codebook_used"  # training statistics, which upstream insists on when it loads a VQ file
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by upstream key, on the CPU; they may be mapped from the file, so copy what you keep.
+
+    ``.safetensors`` files are flat. Any other file is a ``torch.save`` archive, of which the entry ``model``, else
+    ``module``, else ``state_dict``, else the whole dict is taken. Nothing but tensors, plain containers and the
+    ``argparse.Namespace`` of a training checkpoint is unpickled.
+
+    Raises:
+        CheckpointError: for a file that is missing, truncated or corrupt, holds other objects, or has no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: check the path, or download the checkpoint first")
+    try:
+        content = _read(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): check disk and permissions") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path} holds the Python object {refused[1]}, which is not safe to load: "
+                "save its state_dict alone with torch.save and load that file"
+            ) from error
+        raise CheckpointError(
+            f"{path} is truncated, corrupt or no weight file at all: download or export it again"
+        ) from error
+    if isinstance(content, dict):
+        content = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {str(key): value for key, value in entries if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"{path} has no tensors under 'model', 'module', 'state_dict' or at the top: give a weight file"
+        )
+    return tensors
+
+
+def transformer_config(
+    state: Mapping[str, Tensor], path: str | Path, *, grid: int | None = None, num_heads: int | None = None
+) -> dict[str, Any]:
+    """Arguments of :class:`LlamaGenTransformer` for the upstream tensors ``state`` of the file ``path``.
+
+    Only shapes are looked at; ``grid`` and ``num_heads`` are those of :func:`load_transformer`.
+
+    Raises:
+        CheckpointError: when a tensor that tells a size is missing or odd, or the heads are unknown or do not fit.
+        InputError: for a grid below 1.
+    """
+    vocab_size, width = _shape(state, "tok_embeddings.weight", 2, path)
+    layers = _count(state, r"layers\.(\d+)\.")
+    heads = num_heads or PUBLISHED_HEADS.get((width, layers))
+    if heads is None:
+        raise CheckpointError(f"{path}: width {width} with {layers} layers is no published size: say num_heads=...")
+    if heads < 1 or width % (4 * heads):
+        raise CheckpointError(f"{path}: width {width} is no multiple of 4 * {heads} heads: give the right num_heads")
+    rows = _shape(state, "layers.0.attention.wqkv.weight", 2, path)[0]
+    kv_heads, rest = divmod(rows - width, 2 * (width // heads))
+    if rest or kv_heads < 1 or heads % kv_heads:
+        raise CheckpointError(f"{path}: wqkv with {rows} rows does not fit {heads} heads: give the right num_heads")
+    grid = _grid_of_name(Path(path).name) if grid is None else grid
+    if grid < 1:
+        raise InputError(f"grid must be at least 1, not {grid}")
+    config: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "intermediate_size": _shape(state, "layers.0.feed_forward.w1.weight", 2, path)[0],
+        "num_key_value_heads": None if kv_heads == heads else kv_heads,
+        "grid": grid,
+    }
+    if _CLASS_TABLE in state:
+        return config | {"condition": "class", "num_classes": _shape(state, _CLASS_TABLE, 2, path)[0] - 1}
+    slots, caption_dim = _shape(state, _NULL_CAPTION, 2, path)
+    return config | {"condition": "text", "condition_tokens": slots, "caption_dim": caption_dim}
+
+
+def load_transformer(
+    path: str | Path, *, grid: int | None = None, num_heads: int | None = None, dtype: torch.dtype | None = None
+) -> LlamaGenTransformer:
+    """Load an upstream LlamaGen transformer, class- or text-conditional, in evaluation mode on the CPU.
+
+    Args:
+        path: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`.
+        grid: tokens along one side, which the weights do not tell. By default the file name does: ``_256``, ``_384``
+            or ``_512`` is the side of the picture in pixels, 16 pixels make a token, or 8 if the name contains
+            ``ds8``. A name without a size counts as 256 pixels (so 16 tokens), class or text.
+        num_heads: attention heads; needed unless width and layers are those of a published size
+            (:data:`PUBLISHED_HEADS`).
+        dtype: dtype of all parameters; by default that of the token embedding in the file. The rotary table stays in
+            float32.
+
+    Raises:
+        CheckpointError: when the file cannot be read, lacks keys, has other keys (``freqs_cis`` and ``*.kv_cache.*``
+            are ignored), or a shape does not fit.
+        InputError: for a grid below 1.
+    """
+    state = {k: v for k, v in read_state_dict(path).items() if k != "freqs_cis" and ".kv_cache." not in k}
+    config = transformer_config(state, path, grid=grid, num_heads=num_heads)
+    with torch.device("meta"):
+        model = LlamaGenTransformer(**config)
+    layout = _transformer_layout(config["num_layers"], config["condition"])
+    _check(state, layout, model, path)
+    _assign(model, state, layout, dtype or state["tok_embeddings.weight"].dtype, config["num_heads"])
+    table: Any = model.lm.model.rotary_emb  # in no file, so still on the meta device
+    model.lm.model.rotary_emb = GridRotaryTable(table.prefix, table.grid, table.head_dim, table.base)
+    return model.eval()
+
+
+def save_transformer(model: LlamaGenTransformer, path: str | Path) -> None:
+    """Write ``model`` in the upstream layout; the exact inverse of :func:`load_transformer`, bit for bit.
+
+    The file is ``{"model": state_dict}``, or flat if ``path`` ends in ``.safetensors``. It replaces an older one only
+    when it is complete. Grid and heads are not part of the layout: name or remember them for loading.
+    """
+    ours = model.state_dict()
+    heads = model.config["num_heads"]
+    kv_heads = model.config["num_key_value_heads"] or heads
+    state = {}
+    for key, names in _transformer_layout(model.config["num_layers"], model.config["condition"]).items():
+        parts = [ours[name].detach().cpu() for name in names]
+        if len(parts) == 3:
+            parts = [_to_interleaved(parts[0], heads), _to_interleaved(parts[1], kv_heads), parts[2]]
+        state[key] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    _write(state, Path(path))
+
+
+def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """Arguments of :class:`VQTokenizer` for the upstream tensors ``state`` (shapes only) of the file ``path``.
+
+    Raises:
+        CheckpointError: when a tensor that tells a size is missing, or the channels are no multiples as they must be.
+    """
+    codes, code_dim = _shape(state, "quantize.embedding.weight", 2, path)
+    base = _shape(state, "encoder.conv_in.weight", 4, path)[0]
+    levels = _count(state, r"encoder\.conv_blocks\.(\d+)\.")
+    channels = [_shape(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, path)[0] for i in range(levels)]
+    if not channels or base % 32 or any(count % base for count in channels):
+        raise CheckpointError(
+            f"{path}: encoder channels {[base, *channels]} are no LlamaGen tokenizer's: give a vq_*.pt file"
+        )
+    return {
+        "codebook_size": codes,
+        "codebook_dim": code_dim,
+        "latent_channels": _shape(state, "encoder.conv_out.weight", 4, path)[0],
+        "base_channels": base,
+        "channel_multiplier": tuple(count // base for count in channels),
+        "num_res_blocks": _count(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+    }
+
+
+def load_vq(path: str | Path, *, dtype: torch.dtype | None = None) -> VQTokenizer:
+    """Load an upstream VQ tokenizer (``vq_ds16_c2i.pt`` and its siblings) in evaluation mode on the CPU.
+
+    ``dtype`` is that of all parameters, by default that of the codebook in the file.
+
+    Raises:
+        CheckpointError: when the file cannot be read, lacks keys, has other keys (``quantize.codebook_used`` is
+            dropped), or a shape does not fit.
+    """
+    state = {key: value for key, value in read_state_dict(path).items() if key != _CODES_USED}
+    config = vq_config(state, path)
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(**config)
+    layout = _vq_layout(tokenizer)
+    _check(state, layout, tokenizer, path)
+    _assign(tokenizer, state, layout, dtype or state["quantize.embedding.weight"].dtype)
+    return tokenizer.eval()
+
+
+def save_vq(vq: VQTokenizer, path: str | Path) -> None:
+    """Write ``vq`` in the upstream layout; the exact inverse of :func:`load_vq`, bit for bit.
+
+    The container is that of :func:`save_transformer`. An empty ``quantize.codebook_used`` goes with it, because
+    upstream loads the file strictly.
+    """
+    ours = vq.state_dict()
+    state = {key: ours[name].detach().cpu().contiguous() for key, (name,) in _vq_layout(vq).items()}
+    _write(state | {_CODES_USED: torch.zeros(65536)}, Path(path))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        # a mapped file costs no memory for what is not copied: optimiser states, exponential averages
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(state, partial)
+        else:
+            torch.save({"model": state}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest index that ``pattern`` captures among the keys; 0 if it matches none."""
+    return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
+
+
+def _shape(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> tuple[int, ...]:
+    if key not in state:
+        raise CheckpointError(f"{path} is no such LlamaGen file: the key {key} is missing, give another file")
+    if state[key].ndim != ndim:
+        raise CheckpointError(f"{path}: {key} has shape {list(state[key].shape)}, expected {ndim} dimensions")
+    return tuple(state[key].shape)
+
+
+def _grid_of_name(name: str) -> int:
+    size = re.search(r"_(256|384|512)(?!\d)", name)
+    return int(size[1] if size else 256) // (8 if "ds8" in name else 16)
+
+
+def _transformer_layout(layers: int, condition: str) -> Layout:
+    condition_keys = {_CLASS_TABLE: "class_embedding.weight"} if condition == "class" else _TEXT_KEYS
+    layout: Layout = {key: (name,) for key, name in (_STEM_KEYS | condition_keys).items()}
+    for i in range(layers):
+        theirs, mine = f"layers.{i}.", f"lm.model.layers.{i}."
+        layout[theirs + "attention.wqkv.weight"] = tuple(f"{mine}self_attn.{part}_proj.weight" for part in "qkv")
+        layout |= {theirs + key: (mine + name,) for key, name in _LAYER_KEYS.items()}
+    return layout
+
+
+def _vq_layout(vq: VQTokenizer) -> Layout:
+    layout: Layout = {}
+    for name in vq.state_dict():
+        key = name.removeprefix("net.")
+        for mine, theirs in _VQ_RENAMES:
+            key = key.replace(mine, theirs)
+        layout[key] = (name,)
+    return layout
+
+
+def _check(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, path: str | Path) -> None:
+    def listed(keys: Iterable[str]) -> str:
+        names = sorted(keys)
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    missing, unexpected = layout.keys() - state.keys(), state.keys() - layout.keys()
+    problems = [f"{what} {listed(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    if problems:
+        raise CheckpointError(f"{path} does not have LlamaGen's keys ({'; '.join(problems)}): give an upstream weight file")
+    ours = model.state_dict()
+    for key, names in layout.items():
+        found = list(state[key].shape)
+        expected = [sum(len(ours[name]) for name in names), *ours[names[0]].shape[1:]]
+        if found != expected:
+            raise CheckpointError(f"{path}: {key} has shape {found}, expected {expected}: give an upstream weight file")
+        if not state[key].is_floating_point():
+            raise CheckpointError(
+                f"{path}: {key} has dtype {state[key].dtype}: give the weights unquantised, in floating point"
+            )
+
+
+def _assign(model: nn.Module, state: dict[str, Tensor], layout: Layout, dtype: torch.dtype, heads: int = 1) -> None:
+    """Move ``state`` into a meta ``model``, copying each tensor once and dropping it from ``state`` as it goes."""
+    ours = model.state_dict()
+    copies = {}
+    for key, names in layout.items():
+        parts = state.pop(key).detach().split([len(ours[name]) for name in names])
+        if len(parts) == 3:
+            kv_heads = heads * len(parts[1]) // len(parts[0])
+            parts = (_to_half(parts[0], heads), _to_half(parts[1], kv_heads), parts[2])
+        for name, part in zip(names, parts, strict=True):
+            copies[name] = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict(copies, assign=True)
+
+
+def _to_half(weight: Tensor, heads: int) -> Tensor:
+    """Rows per head from pairs (2j, 2j + 1) to pairs (j, j + d/2), as transformers rotates them; [heads * d, D]."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _to_interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Inverse of :func:`_to_half`."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

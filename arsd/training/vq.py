@@ -1,0 +1,178 @@
+"""Stage ``vq``: train the tokenizer of emoji-128 (L1 + L2 + gradient loss, codebook by moving averages on the sphere)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from arsd.tokenizers.vq import VQTokenizer
+from arsd.training.common import (
+    Average,
+    Clock,
+    learning_rate_factor,
+    log_line,
+    save_atomically,
+    training_dtype,
+    weighted_batches,
+)
+from arsd.training.data import EmojiData
+
+EMOJI_VQ = {
+    "codebook_size": 1024,
+    "codebook_dim": 8,
+    "latent_channels": 64,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 2, 4],
+    "num_res_blocks": 1,
+}
+COMMITMENT = 0.25
+CODE_DECAY = 0.98
+MAX_SHIFT = 6
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def shifted(images: Tensor, dx: int, dy: int, flip: bool) -> Tensor:
+    """Pictures moved by (dx, dy) pixels over white, mirrored when ``flip``."""
+    pad = MAX_SHIFT
+    height, width = images.shape[-2:]
+    out = F.pad(images, (pad, pad, pad, pad), value=1.0)[..., pad + dy : pad + dy + height, pad + dx : pad + dx + width]
+    return out.flip(-1) if flip else out
+
+
+class Codebook:
+    """Moving-average codes on the unit sphere; codes that fall out of use restart at latents of the batch."""
+
+    def __init__(self, vq: VQTokenizer) -> None:
+        self.weight = vq.net.quantize.embedding.weight
+        self.sums = F.normalize(self.weight.detach(), dim=-1).clone()
+        self.counts = torch.ones(len(self.weight))
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """Begin at random latents ``z`` [n, d]."""
+        pick = z[torch.randint(len(z), (len(self.weight),))]
+        self.weight.copy_(F.normalize(pick + 0.01 * torch.randn_like(pick), dim=-1))
+        self.sums.copy_(self.weight)
+        self.counts.fill_(1)
+
+    @torch.no_grad()
+    def update(self, z: Tensor, ids: Tensor) -> None:
+        """Follow the latents ``z`` [n, d] that were assigned to ``ids`` [n]."""
+        hits = torch.bincount(ids, minlength=len(self.weight)).float()
+        self.counts.lerp_(hits, 1 - CODE_DECAY)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, ids, z), 1 - CODE_DECAY)
+        dead = torch.nonzero(self.counts < 0.03).flatten()
+        if len(dead):
+            self.sums[dead] = z[torch.randint(len(z), (len(dead),))]
+            self.counts[dead] = 1.0
+        self.weight.copy_(F.normalize(self.sums, dim=-1))
+
+
+def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
+    """L1 + 2 L2 + L1 of the picture's finite differences (edges)."""
+    error = out - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+@torch.no_grad()
+def psnr(vq: VQTokenizer, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of a round trip through the codes."""
+    errors = []
+    for part in images.split(16):
+        out = vq.decode(vq.encode(part)).float().clamp(-1, 1)
+        errors.append(((out - part) / 2).square().flatten(1).mean(1))
+    return float((-10 * torch.cat(errors).clamp_min(1e-8).log10()).mean())
+
+
+def sample_sheet(vq: VQTokenizer, images: Tensor, path: Path) -> None:
+    """A PNG with originals above reconstructions."""
+    out = vq.decode(vq.encode(images)).float()
+    rows = torch.cat([torch.cat(list(x), -1) for x in (images, out)], -2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 2e-3, seed: int = 0) -> VQTokenizer:
+    """Train (or go on training) the tokenizer; writes checkpoints, a log, sample sheets and ``out/vq``.
+
+    Args:
+        data_dir: folder made by ``arsd train data``.
+        out: run folder; an existing ``checkpoint.pt`` in it is resumed.
+        minutes: whole time budget, over all resumed runs; the learning rate is annealed over it.
+        batch: pictures per step.
+        lr: peak learning rate of AdamW.
+        seed: seed of weights and batches.
+    """
+    torch.manual_seed(seed)
+    data = EmojiData.load(data_dir)
+    train, test = data.subset(False), data.subset(True)
+    probe = to_tensor(test.images[:48])
+    vq = VQTokenizer(**EMOJI_VQ).train()
+    book, average, clock = Codebook(vq), Average(vq, 0.998), Clock(minutes)
+    params = [p for n, p in vq.named_parameters() if "quantize" not in n]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    checkpoint, step = out / "checkpoint.pt", 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        vq.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
+        book.sums, book.counts = state["sums"], state["counts"]
+        step, clock.spent = state["step"], state["spent"]
+    dtype = training_dtype()
+    latents, pixels = torch.compile(vq.latents), torch.compile(vq.pixels)
+    picks = weighted_batches(torch.from_numpy(train.weights), batch, torch.Generator().manual_seed(seed + step))
+    started, share = time.perf_counter(), clock.tick()
+    while share < 1:
+        share = clock.tick()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * learning_rate_factor(step, share)
+        dx, dy, flip = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
+        images = shifted(to_tensor(train.images[next(picks).numpy()]), dx, dy, flip).contiguous()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            z = latents(images).float()
+            flat = z.detach().flatten(0, 2)
+            if step == 40:
+                book.start(flat)
+            ids = (flat @ book.weight.T).argmax(-1)
+            codes = book.weight[ids].view_as(z).detach()
+            quantised = z if step < 40 else z + (codes - z).detach()
+            loss = reconstruction_loss(pixels(quantised).float(), images) + COMMITMENT * (z - codes).square().sum(-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if step > 40:
+            book.update(flat, ids)
+        average.update()
+        step += 1
+        if step % 20 == 0:
+            rate = 20 / (time.perf_counter() - started)
+            used = int((book.counts > 0.05).sum())
+            log_line(out, step=step, loss=float(loss.detach()), minutes=clock.spent, steps_per_second=rate, codes_used=used)
+            started = time.perf_counter()
+        if step % 200 == 0 or share >= 1:
+            state = {"model": vq.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
+            save_atomically({**state, "sums": book.sums, "counts": book.counts, "step": step, "spent": clock.spent}, checkpoint)
+            final = VQTokenizer(**EMOJI_VQ).eval()
+            final.load_state_dict(average.values)
+            final.net.quantize.embedding.weight.data.copy_(book.weight)
+            log_line(out, step=step, psnr_held_out=psnr(final, probe))
+            sample_sheet(final, to_tensor(test.images[4:76:6]), out / "sheets" / f"{step:06d}.png")
+            started = time.perf_counter()
+    final = VQTokenizer(**EMOJI_VQ).eval()
+    final.load_state_dict(average.values)
+    final.net.quantize.embedding.weight.data.copy_(book.weight)
+    final.save_pretrained(out / "vq")
+    return final
