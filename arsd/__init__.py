@@ -1,0 +1,46 @@
+"""arsd: fast autoregressive image generation that can prove what it did to the output."""
+
+from __future__ import annotations
+
+import importlib
+import os.path
+from typing import TYPE_CHECKING, Any
+
+_here = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_here, "pipelines")):  # a checkout without symbolic links
+    __path__.append(os.path.dirname(_here))
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ARPipelineOutput": "arsd.pipelines.base",
+    "ArsdError": "arsd.errors",
+    "AutoARPipeline": "arsd.pipelines.auto",
+    "Autoregressive": "arsd.decoding.strategies",
+    "LlamaGenPipeline": "arsd.pipelines.llamagen",
+    "LlamaGenTransformer": "arsd.models.llamagen",
+    "SJD": "arsd.decoding.strategies",
+    "VQTokenizer": "arsd.tokenizers.vq",
+    "parse_strategy": "arsd.decoding.strategies",
+    "shipped_models": "arsd.pipelines.auto",
+}
+__all__ = sorted(_LAZY)
+
+if TYPE_CHECKING:
+    from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
+    from arsd.errors import ArsdError
+    from arsd.models.llamagen import LlamaGenTransformer
+    from arsd.pipelines.auto import AutoARPipeline, shipped_models
+    from arsd.pipelines.base import ARPipelineOutput
+    from arsd.pipelines.llamagen import LlamaGenPipeline
+    from arsd.tokenizers.vq import VQTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'arsd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,5 +1,9 @@
 """One exception type per kind of user mistake; every message says what was wrong and what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class ArsdError(ValueError):
     """Base of every error that a caller can cause; the command line prints it as one line and exits with 2."""
@@ -18,7 +22,16 @@ class CheckpointError(ArsdError):
 
 
 class NonFiniteLogitsError(ArsdError):
-    """The model returned NaN or +inf logits, so no token can be drawn from them."""
+    """The model returned NaN or +inf logits, so no token can be drawn from them.
+
+    Attributes:
+        tokens: [B, N] tokens committed before, zeros behind them.
+        lengths: how many tokens of each row were committed.
+    """
+
+    def __init__(self, message: str, tokens: Any = None, lengths: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.tokens, self.lengths = tokens, lengths or []
 
 
 class DataError(ArsdError):

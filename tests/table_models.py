@@ -1,26 +1,36 @@
-"""Enumerable AR table models: exact laws to hold the production sampler against."""
+"""Enumerable AR table models, and the statistics that hold the production sampler against their exact laws."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arsd.decoding import CounterNoise, DecodeRequest, Grammar, LawConfig, Laws, Setting, decode
+from arsd.decoding import CounterNoise, DecodeRequest, DecodeResult, Grammar, LawConfig, Laws, Parts, Setting, decode
+
+Build = Callable[[Setting], Parts]
 
 
 class TableTarget:
-    """A target whose logits are a table over the whole prefix (float64): a different law for every prefix of every stream."""
+    """A target whose float64 logits are a table over the whole prefix: another law for every prefix of every stream."""
 
-    def __init__(self, vocab: int, num_tokens: int, batch: int, streams: int = 1, seed: int = 0, sharpness: float = 1.5) -> None:
+    def __init__(
+        self, vocab: int, num_tokens: int, batch: int, streams: int = 1, seed: int = 0, sharpness: float = 1.5
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.num_tokens, self.batch, self.streams = vocab, num_tokens, batch, streams
         self.device, self.dtype = torch.device("cpu"), torch.float64
         self.tables = [
-            sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64) for n in range(num_tokens)
+            sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)
+            for n in range(num_tokens)
         ]
-        self.context = torch.zeros(batch, 2 * num_tokens + 66, dtype=torch.int64)  # what a KV cache would remember
+        past_the_end = torch.zeros(streams, 1, vocab, dtype=torch.float64)
+        self.flat = torch.cat([*self.tables, past_the_end], dim=1)
+        self.offsets = torch.tensor([0, *(vocab**n for n in range(num_tokens))]).cumsum(0)
+        self.context = torch.zeros(batch, num_tokens + 130, dtype=torch.int64)  # what a KV cache would remember
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
     def prefill(self, pass_tokens: int) -> int:
@@ -29,65 +39,149 @@ class TableTarget:
     def rollback(self, lengths: Tensor) -> None:
         self.lengths = lengths.clone()
 
-    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+    def remember(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+        """Write one pass into the context; slot s holds token s - 1, slot 0 is the condition. Returns the slots [B, T]."""
         assert torch.equal(self.lengths, lengths) and lengths.tolist() == starts
-        rows = torch.arange(self.batch)[:, None]
-        slots = lengths[:, None] + torch.arange(tokens.shape[1])  # slot s holds token s - 1; slot 0 is the condition
-        self.context[rows, slots] = tokens
-        out = torch.zeros(self.streams, self.batch, tokens.shape[1], self.vocab, dtype=torch.float64)
-        index = torch.zeros(self.batch, dtype=torch.int64)
-        prefix = [index]
-        for position in range(int(slots.max())):
-            index = index * self.vocab + self.context[:, position + 1]
-            prefix.append(index)
-        for j in range(tokens.shape[1]):
-            for b in range(self.batch):
-                n = int(slots[b, j])
-                if n < self.num_tokens:
-                    out[:, b, j] = self.tables[n][:, prefix[n][b]]
-        return out
+        slots = lengths[:, None] + torch.arange(tokens.shape[1])
+        self.context.scatter_(1, slots, tokens)
+        return slots
+
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+        slots = self.remember(tokens, lengths, starts)
+        index = torch.zeros(self.batch, self.num_tokens + 1, dtype=torch.int64)  # row of tables[n] that a prefix selects
+        for n in range(1, self.num_tokens):
+            index[:, n] = index[:, n - 1] * self.vocab + self.context[:, n]
+        position = slots.clamp_max(self.num_tokens)
+        return self.flat[:, self.offsets[position] + index.gather(1, position)]
 
 
 class HashTarget(TableTarget):
     """Like a table model, for sequences too long to enumerate: logits are a hash of the position and the last few tokens."""
 
-    def __init__(self, vocab: int, num_tokens: int, batch: int, streams: int = 1, seed: int = 0, sharpness: float = 2.0) -> None:
+    ROWS = 997
+
+    def __init__(
+        self, vocab: int, num_tokens: int, batch: int, streams: int = 1, seed: int = 0, sharpness: float = 2.0
+    ) -> None:
         super().__init__(vocab, 1, batch, streams, seed)
-        self.num_tokens, self.rows, self.sharpness = num_tokens, 997, sharpness
+        self.num_tokens = num_tokens
         generator = torch.Generator().manual_seed(seed)
-        self.table = sharpness * torch.randn(streams, self.rows, vocab, generator=generator, dtype=torch.float64)
+        self.table = sharpness * torch.randn(streams, self.ROWS, vocab, generator=generator, dtype=torch.float64)
         self.context = torch.zeros(batch, num_tokens + 200, dtype=torch.int64)
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
-        assert torch.equal(self.lengths, lengths) and lengths.tolist() == starts
-        rows = torch.arange(self.batch)[:, None]
-        slots = lengths[:, None] + torch.arange(tokens.shape[1])
-        self.context[rows, slots] = tokens
+        slots = self.remember(tokens, lengths, starts)
         key = torch.zeros_like(slots)
         for back, factor in enumerate((7, 31)):  # depends weakly on far tokens, as pictures do
-            seen = self.context[rows, (slots - back).clamp_min(0)] % (5 - 2 * back)
+            seen = self.context.gather(1, (slots - back).clamp_min(0)) % (5 - 2 * back)
             key = key + factor * torch.where(slots - back > 0, seen, 0)
-        return self.table[:, (key * 13 + slots) % self.rows]
+        return self.table[:, (key * 13 + slots) % self.ROWS]
 
 
-def exact_law(target: TableTarget, laws: Laws) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence under plain autoregressive decoding."""
-    out = {}
-    for sequence in itertools.product(range(target.vocab), repeat=target.num_tokens):
-        mass, index = 1.0, 0
-        for n, token in enumerate(sequence):
-            logits = target.tables[n][:, index][:, None, None]
-            mass *= float(laws(logits, torch.tensor([[n]])).probs[0, 0, token])
-            index = index * target.vocab + token
-        out[sequence] = mass
-    return out
-
-
-def run(target, strategy, *, config=None, grammar=None, seeds=None, images=None, noise=None, row_length=0, parts=None, **request):
-    """Decode a target with a strategy, as a pipeline does."""
+def run(
+    target: Any,
+    strategy: Any = None,
+    *,
+    config: LawConfig | None = None,
+    grammar: Grammar | None = None,
+    seeds: list[int] | None = None,
+    images: list[int] | None = None,
+    noise: Any = None,
+    row_length: int = 0,
+    parts: Build | None = None,
+    **request: Any,
+) -> DecodeResult:
+    """Decode a target with a strategy (or with ``parts``), as a pipeline does."""
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
     noise = noise or CounterNoise(seeds or [0] * target.batch, images or list(range(target.batch)))
     setting = Setting(target.batch, target.num_tokens, row_length, grammar, noise, target.device)
     wanted = DecodeRequest(target.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
+
+
+@dataclass(frozen=True)
+class World:
+    """An enumerable task: a table model, sampling options and a grammar. Sequences are numbered in base ``vocab``."""
+
+    vocab: int
+    num_tokens: int
+    seed: int = 0
+    config: LawConfig = field(default_factory=LawConfig)
+    forced: dict[int, int] = field(default_factory=dict)
+    forbidden: dict[int, int] = field(default_factory=dict)  # one id per position that may not stand there
+    row_length: int = 2
+    sharpness: float = 1.5
+
+    def target(self, batch: int) -> TableTarget:
+        streams = 2 if self.config.guidance_scale != 1 else 1
+        return TableTarget(self.vocab, self.num_tokens, batch, streams, self.seed, self.sharpness)
+
+    def grammar(self) -> Grammar:
+        if not self.forbidden:
+            return Grammar(self.num_tokens, self.vocab, self.forced)
+        allowed = torch.ones(self.num_tokens, self.vocab, dtype=torch.bool)
+        for position, token in self.forbidden.items():
+            allowed[position, token] = False
+        return Grammar(self.num_tokens, self.vocab, self.forced, allowed, range(self.num_tokens))
+
+    def law(self) -> Tensor:
+        """Probability of every sequence [V ** N] under plain autoregressive decoding."""
+        target, laws = self.target(1), Laws(self.config, self.grammar())
+        mass = torch.ones(1, dtype=torch.float64)
+        for n, table in enumerate(target.tables):
+            probs = laws(table[:, :, None], torch.full((table.shape[1], 1), n)).probs[:, 0]
+            mass = (mass[:, None] * probs).flatten()
+        return mass
+
+    def number(self, tokens: Tensor) -> Tensor:
+        """The number of every row of ``tokens`` [B, n], in base V."""
+        number = torch.zeros(len(tokens), dtype=torch.int64)
+        for n in range(tokens.shape[1]):
+            number = number * self.vocab + tokens[:, n]
+        return number
+
+    def decode(self, batch: int, build: Build, noise: Any, **request: Any) -> DecodeResult:
+        options = {"config": self.config, "grammar": self.grammar(), "row_length": self.row_length}
+        return run(self.target(batch), parts=build, noise=noise, **options, **request)
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    return float((p - q).abs().sum() / 2)
+
+
+def chi_square_z(numbers: Tensor, law: Tensor) -> float:
+    """(chi2 - df) / sqrt(2 df) of drawn cell numbers against their exact law; cells expected < 5 times are merged.
+
+    A draw in a cell of probability 0 gives infinity.
+    """
+    counts = torch.bincount(numbers, minlength=len(law)).double()
+    if bool((counts[law == 0] > 0).any()):
+        return float("inf")
+    expected = law * len(numbers)
+    rare = expected < 5
+    observed, expected = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected)]
+    keep = expected > 0
+    chi2 = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
+    freedom = int(keep.sum()) - 1
+    return float((chi2 - freedom) / (2 * freedom) ** 0.5)
+
+
+def sample(world: World, build: Build, count: int, images_per_seed: int = 250, noise: Any = CounterNoise) -> Tensor:
+    """Tokens [count, N] from the production sampler: consecutive images of consecutive seeds, one row each."""
+    seeds = [1 + row // images_per_seed for row in range(count)]
+    source = noise(seeds, [row % images_per_seed for row in range(count)])
+    source.AHEAD = 4  # the same numbers, made in smaller steps: the sequences are short
+    return world.decode(count, build, source).tokens
+
+
+def law_z(world: World, tokens: Tensor) -> float:
+    """z of whole sequences against the exact law."""
+    return chi_square_z(world.number(tokens), world.law())
+
+
+def pairs_z(world: World, tokens: Tensor) -> float:
+    """z of (first two tokens of a row, first two tokens of the row after it) against two independent draws."""
+    head = world.law().view(world.vocab**2, -1).sum(1)
+    number = world.number(tokens[:, :2])
+    return chi_square_z(number[::2] * len(head) + number[1::2], (head[:, None] * head).flatten())

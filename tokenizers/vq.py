@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
@@ -31,6 +31,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         base_channels: channels at full resolution; a multiple of 32 (group normalisation).
         channel_multiplier: one entry per resolution; ``len - 1`` halvings, so 5 entries give a factor of 16.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
+        norm_groups: groups of the group normalisations. LlamaGen has 32, at 128 base channels; with 32 channels that would be
+            instance normalisation, which erases the colour of a picture.
     """
 
     @register_to_config
@@ -42,6 +44,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         base_channels: int = 128,
         channel_multiplier: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.net = JanusVQVAE(
@@ -54,6 +57,9 @@ class VQTokenizer(ModelMixin, ConfigMixin):
                 num_res_blocks=num_res_blocks,
             )
         )
+        for module in self.net.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = norm_groups
 
     @property
     def downsample_factor(self) -> int:

@@ -123,10 +123,9 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             counts, bad = torch.stack([verdict.count, broken.long()]).tolist()  # the one device-to-host read of a round
         if any(bad):
             watch.close()
-            raise NonFiniteLogitsError(
-                f"the model returned NaN or infinite logits in row {bad.index(1)} after {rows.starts[bad.index(1)]} tokens; "
-                "check the weights, or use float32"
-            )
+            where = f"row {bad.index(1)} after {rows.starts[bad.index(1)]} tokens"
+            message = f"the model returned NaN or infinite logits in {where}: check the weights, or use float32"
+            raise NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.starts))
         with watch("other"):
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)

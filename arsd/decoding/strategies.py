@@ -72,19 +72,20 @@ class Autoregressive(DecodingStrategy):
     """Plain autoregressive decoding: one token per pass. The reference of every comparison.
 
     Args:
-        pass_tokens: tokens per pass; 1 is the fastest form (``ar``). With the ``pass_tokens`` of another strategy, the first
-            slot is used and the rest is padding: the identity reference (``ar@W``).
+        pass_tokens: tokens per pass; ``None`` means 1, the fastest form (``ar``). With the ``pass_tokens`` of another
+            strategy, the first slot is used and the rest is padding: the identity reference (``ar@W``).
     """
 
     name = "ar"
 
     @register_to_config
-    def __init__(self, pass_tokens: int = 1) -> None:
-        _whole("pass_tokens", pass_tokens, 1)
+    def __init__(self, pass_tokens: int | None = None) -> None:
+        if pass_tokens is not None:
+            _whole("pass_tokens", pass_tokens, 1)
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
-        return Parts(NoDraft(), SeedExact(), FixedWindow(1), self.config["pass_tokens"])
+        return Parts(NoDraft(), SeedExact(), FixedWindow(1), self.config["pass_tokens"] or 1)
 
 
 class SJD(DecodingStrategy):

@@ -50,6 +50,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: number of classes (class only); the null class has this id.
         rope_base: base of the rotary table.
         norm_eps: epsilon of the RMS norms.
+        sampling: the sampling options published with the weights (fields of :class:`arsd.decoding.LawConfig`), which a
+            pipeline uses where a call names none.
     """
 
     _supports_gradient_checkpointing = False
@@ -71,6 +73,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        sampling: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if condition not in ("class", "text"):

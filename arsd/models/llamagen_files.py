@@ -88,23 +88,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): check disk and permissions") from error
     except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} holds the Python object {refused[1]}, which is not safe to load: "
-                "save its state_dict alone with torch.save and load that file"
-            ) from error
-        raise CheckpointError(
-            f"{path} is truncated, corrupt or no weight file at all: download or export it again"
-        ) from error
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"{path} holds the Python object {refused[1]}, which is not safe to load"
+            raise CheckpointError(f"{what}: save its state_dict alone with torch.save and load that file") from error
+        raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error
     if isinstance(content, dict):
         content = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
     entries = content.items() if isinstance(content, dict) else ()
     tensors = {str(key): value for key, value in entries if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(
-            f"{path} has no tensors under 'model', 'module', 'state_dict' or at the top: give a weight file"
-        )
+        raise CheckpointError(f"{path} has no tensors under {', '.join(_CONTAINERS)} or at the top: give a weight file")
     return tensors
 
 
@@ -280,9 +273,11 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 def _shape(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> tuple[int, ...]:
     if key not in state:
-        raise CheckpointError(f"{path} is no such LlamaGen file: the key {key} is missing, give another file")
+        raise CheckpointError(f"{path} is not a LlamaGen file of this kind: {key} is missing, give another file")
     if state[key].ndim != ndim:
-        raise CheckpointError(f"{path}: {key} has shape {list(state[key].shape)}, expected {ndim} dimensions")
+        raise CheckpointError(
+            f"{path}: {key} has shape {list(state[key].shape)}, expected {ndim} axes: give an upstream file"
+        )
     return tuple(state[key].shape)
 
 
@@ -327,9 +322,7 @@ def _check(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, path: 
         if found != expected:
             raise CheckpointError(f"{path}: {key} has shape {found}, expected {expected}: give an upstream weight file")
         if not state[key].is_floating_point():
-            raise CheckpointError(
-                f"{path}: {key} has dtype {state[key].dtype}: give the weights unquantised, in floating point"
-            )
+            raise CheckpointError(f"{path}: {key} has dtype {state[key].dtype}: give the weights in floating point")
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor], layout: Layout, dtype: torch.dtype, heads: int = 1) -> None:

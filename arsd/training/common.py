@@ -36,12 +36,6 @@ def learning_rate_factor(step: int, share: float, warmup: int = 100, floor: floa
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def training_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively (AVX-512 BF16 or AMX), else float32 (100x faster there)."""
-    native = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if torch.cuda.is_available() or native else torch.float32
-
-
 class Average:
     """Exponential moving average of a module's parameters, with a warm start."""
 

@@ -1,0 +1,77 @@
+# `make demo` paints with the model that ships; `make test` is what CI runs. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+# No torch is needed to ask for help, and a GPU machine may bring its own Python: only gpu-check runs without the environment.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+REQUIREMENTS := pyproject.toml constraints.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_PROGRESS_BAR := off
+export PIP_QUIET := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all test-oldest lint format gpu-check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.stamp-demo ## install, then generate pictures with the shipped model
+	$(VENV)/bin/arsd demo
+
+test: lint ## lint, types and the quick tests
+	$(PYTEST) -m "not slow" --timeout 600
+
+test-all: lint ## everything: slow tests and the oldest transformers too
+	$(PYTEST) --timeout 3600
+	$(MAKE) test-oldest
+
+test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding tests against transformers 5.17.0
+	PYTHONPATH="$(abspath $(OLDEST))" $(PY) -c 'import transformers as t; assert t.__version__ == "5.17.0", t.__file__'
+	PYTHONPATH="$(abspath $(OLDEST))" $(PYTEST) -m "not slow" --timeout 600 \
+	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py
+
+lint: $(VENV)/.stamp-test ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.stamp-test ## apply ruff's fixes and formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+gpu-check: ## the checks that need an accelerator
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py
+
+clean: ## remove caches and builds (not the environment: it is 5.5 GB to fetch again)
+	rm -rf build dist arsd.egg-info .pytest_cache .mypy_cache .ruff_cache "$(OLDEST)"
+	find arsd pipelines tokenizers metrics app tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment is made when it is absent or broken. torch and torchvision come from one index in one pip call: a torchvision
+# built against another torch does not import (and takes transformers and diffusers down with it).
+define environment
+@$(PY) -c "" 2>/dev/null || { \
+    $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "constraints.txt needs Python 3.11: make PYTHON=python3.11 ...")' \
+    && echo "creating $(VENV)" && $(PYTHON) -m venv --clear "$(VENV)"; }
+@echo "installing into $(VENV)$(if $(1), with $(1)) (the first time fetches about 3 GB)"
+$(PY) -m pip install -c constraints.txt torch torchvision -e ".$(1)"
+endef
+
+$(VENV)/.stamp-demo: $(REQUIREMENTS)
+	$(call environment,)
+	@touch $@
+
+$(VENV)/.stamp-test: $(REQUIREMENTS)
+	$(call environment,[test])
+	@touch $(VENV)/.stamp-demo $@
+
+$(OLDEST)/.stamp: constraints-oldest.txt constraints.txt | $(VENV)/.stamp-test
+	rm -rf "$(OLDEST)"
+	$(PY) -m pip install --no-deps --target "$(OLDEST)" -r constraints-oldest.txt
+	@touch $@

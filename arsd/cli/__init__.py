@@ -1,0 +1,38 @@
+"""The command line: ``arsd generate | bench | demo | models | train``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from arsd.errors import ArsdError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands; each module adds its own."""
+    import arsd
+    from arsd.cli import bench, demo, generate, models, train
+
+    parser = argparse.ArgumentParser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
+    parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (generate, bench, demo, models, train):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on stderr and exit status 2."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except ArsdError as error:
+        print(f"arsd: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"arsd: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("arsd: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,75 @@
+"""``arsd bench``: any strategies against plain AR, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from arsd.cli.common import add_model_options, add_sampling_options, load_pipeline, read_prompts, sampling, table
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("bench", help="compare decoding strategies", description=__doc__)
+    parser.add_argument("--decoders", nargs="+", default=["ar", "sjd"], help="strategies, separated by spaces")
+    parser.add_argument("--prompt", nargs="+", default=[], help="prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with plain AR at the same pass shape")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run and print."""
+    from arsd.bench import run_bench
+    from arsd.decoding import parse_strategy
+
+    strategies = [parse_strategy(text) for text in arguments.decoders]
+    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    pipe, weights = load_pipeline(arguments)
+
+    def progress(text: str) -> None:
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    options = {"batch": arguments.batch, "repeats": arguments.repeats, "seed": arguments.seed, "check": not arguments.no_check}
+    report = run_bench(pipe, strategies, prompts, progress=progress, **options, **sampling(arguments))
+    print(file=sys.stderr)
+    report = {"model": arguments.model, "model_hash": weights, **report}
+    if arguments.json:
+        print(json.dumps(report))
+        return 0
+    print(
+        f"{report['model']} ({weights[:12]}), {report['dtype']}, {report['device']}, {report['threads']} threads, batch "
+        f"{report['batch']}, {report['prompts']} prompts, guidance {report['guidance_scale']}, top-k {report['top_k']}"
+    )
+    print(bench_table(report["rows"]))
+    return 0
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of a report for people."""
+    same = {True: "yes", False: "NO", None: "-"}
+    header = ["decoder", "lossless", "tokens/pass", "seconds", "speedup", "pass cost", "outside", "= ar@W", "near-ties"]
+    return table(
+        header,
+        [
+            [
+                row["decoder"],
+                "yes" if row["lossless"] else "no",
+                f"{row['tokens_per_pass']:.2f}",
+                f"{row['seconds_median']:.2f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['pass_cost_ratio']:.2f}",
+                f"{row['outside_forward_share']:.1%}",
+                same[row["identical_to_ar_at_w"]],
+                row["near_ties"],
+            ]
+            for row in rows
+        ],
+    )

@@ -1,0 +1,116 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arsd.errors import InputError
+
+if TYPE_CHECKING:
+    from arsd.pipelines.base import ARImagePipeline
+
+DEFAULT_MODEL = "emoji-128"
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --device, --threads."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, pipeline folder or hub id (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float64")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """--seed, --guidance-scale, --temperature, --top-k, --top-p."""
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int, help="0 keeps every token")
+    parser.add_argument("--top-p", type=float)
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given, as pipeline arguments."""
+    return {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+
+
+def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str]:
+    """The pipeline on its device and the hash of its weights."""
+    import torch
+
+    from arsd.devices import resolve_device, resolve_dtype
+    from arsd.pipelines.auto import AutoARPipeline, find_model
+    from arsd.provenance import model_hash
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InputError(f"--threads must be at least 1, not {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, device)
+    folder = find_model(arguments.model)
+    with quiet():
+        pipe = AutoARPipeline.from_pretrained(folder, dtype=dtype)
+    return pipe.to(device), model_hash(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading bars of the libraries below; restored afterwards."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    level = logging.getLogger("diffusers").level
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger("diffusers").setLevel(level)
+        diffusers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def show_warnings_in_one_line() -> None:
+    """Warnings as ``arsd: warning: text``, without file and source line."""
+    import sys
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        print(f"arsd: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def read_prompts(words: Sequence[str], file: str | None) -> list[str]:
+    """Prompts of the command line and of a file (one per line; blank lines and lines that start with # are left out).
+
+    Raises:
+        InputError: when there is none, or the file cannot be read.
+    """
+    prompts = [word for word in words]
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read prompts from {file}: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError('the prompt is empty: give one, e.g. arsd generate "red apple"')
+    return prompts
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A plain table with aligned columns."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,164 @@
+"""``arsd generate``: prompts to PNG files that carry their own provenance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from arsd.cli.common import (
+    add_model_options,
+    add_sampling_options,
+    load_pipeline,
+    read_prompts,
+    sampling,
+    show_warnings_in_one_line,
+    table,
+)
+from arsd.errors import InputError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("generate", help="make pictures", description=__doc__)
+    parser.add_argument("prompt", nargs="*", help="one or more prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    parser.add_argument("--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    parser.add_argument("--compare", action="store_true", help="also run plain AR with the same seed and compare")
+    parser.add_argument("--out", default="outputs", metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(run=run)
+
+
+def slug(prompt: str) -> str:
+    """A file name for a prompt: letters, digits and dashes, at most 60."""
+    return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
+
+
+def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
+    """The file of every picture; two prompts with one slug are told apart by a number."""
+    seen: dict[str, int] = {}
+    plan = []
+    for prompt in prompts:
+        name = slug(prompt)
+        seen[name] = seen.get(name, 0) + 1
+        name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        plan.append([out / f"{name}-seed{seed}-{i}.png" for i in range(n)])
+    return plan
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate, write, report."""
+    import torch
+
+    from arsd.decoding import parse_strategy
+    from arsd.provenance import save_png, tokens_sha256
+
+    show_warnings_in_one_line()
+    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    if arguments.n < 1:
+        raise InputError(f"--n must be at least 1, not {arguments.n}")
+    if not 0 <= arguments.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2^63-1, not {arguments.seed}")
+    given = parse_strategy(arguments.decoder) if arguments.decoder else None
+    out = Path(arguments.out)
+    plan = planned_paths(prompts, arguments.n, arguments.seed, out)
+    taken = [path for paths in plan for path in paths if path.exists()]
+    if taken and not arguments.overwrite:
+        raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    pipe, weights = load_pipeline(arguments)
+    decoder = given or pipe.decoder
+    show = not arguments.json
+    pipe.set_progress_bar_config(disable=not show, unit="token", leave=False)
+    images, rows = [], []
+    for prompt, paths in zip(prompts, plan, strict=True):
+        options = {"num_images_per_prompt": arguments.n, **sampling(arguments)}
+        result = pipe(prompt, decoder=decoder, generator=torch.Generator().manual_seed(arguments.seed), **options)
+        entries = []
+        for i, path in enumerate(paths):
+            entry = {**picture_entry(result, i), "prompt": prompt, "path": str(path)}
+            record = record_of(pipe, arguments, result, i, entry, decoder, weights)
+            save_png(result.images[i], path, record, overwrite=arguments.overwrite)
+            entries.append(entry)
+        images += entries
+        stats = result.stats
+        rows.append([prompt, str(decoder), stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""])
+        if arguments.compare:
+            plain = pipe(prompt, decoder="ar", generator=torch.Generator().manual_seed(arguments.seed), **options)
+            for i, entry in enumerate(entries):
+                changed = int((plain.tokens[i] != result.tokens[i]).sum())
+                same = {"tokens_sha256": tokens_sha256(plain.tokens[i]), "changed_tokens": changed}
+                entry["ar"] = {**picture_entry(plain, i), **same}
+            stats, differ = plain.stats, int((plain.tokens != result.tokens).sum())
+            verdict = "same tokens" if not differ else f"{differ} of {plain.tokens.numel()} tokens differ"
+            rows[-1][-1] = verdict
+            rows.append(["", "ar", stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""])
+    report = {
+        "model": arguments.model,
+        "model_hash": weights,
+        "decoder": str(decoder),
+        "lossless": decoder.lossless,
+        "seed": arguments.seed,
+        "images": images,
+    }
+    if arguments.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print(table(["prompt", "decoder", "passes", "tokens/pass", "seconds", "against plain AR"], rows))
+        print(f"{len(images)} picture{'s' * (len(images) > 1)} in {out}/")
+    return 0
+
+
+def picture_entry(result: Any, i: int) -> dict[str, Any]:
+    """The figures of picture ``i`` of a call (a batch shares its passes and seconds)."""
+    from arsd.provenance import tokens_sha256
+
+    stats = result.stats
+    return {
+        "tokens_sha256": tokens_sha256(result.tokens[i]),
+        "tokens": stats.tokens[i],
+        "forward_passes": stats.row_passes[i],
+        "tokens_per_pass": stats.tokens[i] / max(1, stats.row_passes[i]),
+        "pass_tokens": stats.pass_tokens,
+        "seconds": stats.total_seconds,
+        "expected_changed_tokens": stats.expected_changed_tokens[i],
+        "near_ties": stats.near_ties[i],
+    }
+
+
+def record_of(
+    pipe: Any, arguments: argparse.Namespace, result: Any, i: int, entry: dict[str, Any], decoder: Any, weights: str
+) -> dict[str, Any]:
+    """The record that goes into the PNG: everything that the picture depends on."""
+    from dataclasses import asdict
+
+    import arsd
+    from arsd.provenance import pack_tokens
+
+    return {
+        "arsd": arsd.__version__,
+        "model": arguments.model,
+        "model_hash": weights,
+        "prompt": entry["prompt"],
+        "seed": arguments.seed,
+        "noise_seed": result.seeds[i],
+        "image_index": result.image_indices[i],
+        "decoder": str(decoder),
+        "lossless": decoder.lossless,
+        "seed_exact": decoder.seed_exact,
+        "pass_tokens": entry["pass_tokens"],
+        "batch": len(result.tokens),
+        "sampling": asdict(result.law_config),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "tokens": pack_tokens(result.tokens[i]),
+        "tokens_sha256": entry["tokens_sha256"],
+        "expected_changed_tokens": entry["expected_changed_tokens"],
+    }

@@ -1,0 +1,46 @@
+"""What the machine multiplies fast."""
+
+from __future__ import annotations
+
+import torch
+
+from arsd.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether bfloat16 products are native: any GPU, or a CPU with AVX-512 BF16 or AMX (emulated they are ~100x slower)."""
+    if torch.device(device).type != "cpu":
+        return True
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+def resolve_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """``auto`` (bfloat16 where it is fast, else float32) or the name of a dtype.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}: choose from auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (a GPU when there is one) or a torch device.
+
+    Raises:
+        InputError: when there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,245 @@
+"""Stage ``target``: train the text encoder and the autoregressive transformer of emoji-128 jointly on VQ tokens.
+
+A share of the input tokens is replaced by random ones (0-25 %, drawn per picture). The labels stay clean, so the model learns
+to read a noisy context, which is what a Jacobi iterate is.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from arsd.devices import has_fast_bfloat16
+from arsd.models.captions import left_align, tokenize_captions
+from arsd.models.llamagen import LlamaGenTransformer
+from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.tokenizers.vq import VQTokenizer
+from arsd.training.common import (
+    Average,
+    Clock,
+    Muon,
+    learning_rate_factor,
+    log_line,
+    save_atomically,
+    weighted_batches,
+)
+from arsd.training.data import EmojiData
+from arsd.training.sheets import contact_sheet
+from arsd.training.vq import shifted, to_tensor
+
+CONDITION_TOKENS = 16
+CAPTION_DIM = 256
+NULL_SHARE = 0.1
+ALIAS_SHARE = 0.2
+MAX_CORRUPTION = 0.25
+SHIFTS = ((0, 0, False), (0, 0, True), (-4, 2, False), (3, -4, True), (4, 4, False), (-3, -3, True))
+_HANDED = re.compile(r"left|right|arrow|clock|flag|button|letter|index|input|keycap|number|text|mark|sign|up!|abc|symbol", re.I)
+SHEET_PROMPTS = (
+    "red apple", "dog face", "sunflower", "fire engine", "smiling face with sunglasses", "pizza", "rocket", "blue heart",
+    "penguin", "woman firefighter medium skin tone", "hamburger", "octopus", "taco", "guitar", "snowman", "cat face",
+)  # fmt: skip
+
+
+def build_tokenizer(captions: list[list[str]]) -> PreTrainedTokenizerFast:
+    """Lower-case word-level tokenizer over all words of the captions, ``</s>`` at the end, ``<unk>`` for other words."""
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\w']+"), "removed")
+    words = set()
+    for name in (name for names in captions for name in names):
+        assert tokenizer.normalizer is not None and tokenizer.pre_tokenizer is not None
+        text = tokenizer.normalizer.normalize_str(name)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
+    tokenizer.model = WordLevel(vocab, unk_token="<unk>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+class EmojiModel(nn.Module):
+    """Text encoder and transformer, trained together."""
+
+    def __init__(self, words: int, layers: int, width: int, vocab: int) -> None:
+        super().__init__()
+        self.text = T5EncoderModel(
+            T5Config(
+                vocab_size=words, d_model=CAPTION_DIM, d_kv=64, d_ff=512, num_layers=3, num_heads=4, dropout_rate=0.1,
+                pad_token_id=0, eos_token_id=1,
+            )  # fmt: skip
+        )
+        self.transformer = LlamaGenTransformer(
+            vocab_size=vocab,
+            hidden_size=width,
+            num_layers=layers,
+            num_heads=width // 64,
+            intermediate_size=256 * round(8 * width / 3 / 256),
+            grid=16,
+            condition="text",
+            condition_tokens=CONDITION_TOKENS,
+            caption_dim=CAPTION_DIM,
+            sampling={"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        )
+
+    def forward(self, words: Tensor, mask: Tensor, null: Tensor, fed: Tensor, ids: Tensor) -> Tensor:
+        """Mean cross-entropy of the clean ``ids`` [B, 256] given the fed ones; rows in ``null`` [B] lose their caption."""
+        features, kept = left_align(self.text(input_ids=words, attention_mask=mask).last_hidden_state, mask)
+        condition = self.transformer.embed_captions(features, kept)
+        condition = torch.where(null[:, None, None], self.transformer.embed_null_caption(len(ids)), condition)
+        logits = self.transformer(condition, fed, kept)
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+@dataclass
+class TokenData:
+    """Tokens [N, variants, 256] of augmented training pictures, and which variants are mirrored."""
+
+    ids: np.ndarray
+
+    @classmethod
+    def make(cls, data: EmojiData, vq: VQTokenizer, cache: Path) -> TokenData:
+        """Encode every picture in every variant (cached on disk)."""
+        if cache.is_file():
+            return cls(np.load(cache))
+        out = np.zeros((len(data.images), len(SHIFTS), 256), dtype=np.int16)
+        for start in range(0, len(data.images), 32):
+            images = to_tensor(data.images[start : start + 32])
+            for v, (dx, dy, flip) in enumerate(SHIFTS):
+                out[start : start + 32, v] = vq.encode(shifted(images, dx, dy, flip)).flatten(1).numpy()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.save(cache, out)
+        return cls(out)
+
+
+def corrupted(ids: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+    """``ids`` [B, T] with a share of 0..25 % (drawn per picture) replaced by uniformly random codes."""
+    share = MAX_CORRUPTION * torch.rand(len(ids), 1, generator=generator)
+    noise = torch.randint(vocab, ids.shape, generator=generator)
+    return torch.where(torch.rand(ids.shape, generator=generator) < share, noise, ids)
+
+
+def _optimizers(model: EmojiModel, lr: float) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.transformer.lm.model.layers.named_parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+def _pipeline(model: EmojiModel, values: dict[str, Any], layers: int, width: int, tokenizer: Any, vq: VQTokenizer) -> LlamaGenPipeline:
+    copy = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).eval()
+    copy.load_state_dict(values)
+    return LlamaGenPipeline(transformer=copy.transformer, vq=vq, tokenizer=tokenizer, text_encoder=copy.text)
+
+
+def train_target(
+    data_dir: Path,
+    vq_dir: Path,
+    out: Path,
+    minutes: float = 90,
+    batch: int = 24,
+    lr: float = 2e-3,
+    layers: int = 6,
+    width: int = 384,
+    seed: int = 0,
+    sheet_minutes: float = 12,
+) -> LlamaGenPipeline:
+    """Train (or go on training) text encoder and transformer; writes checkpoints, a log, sample sheets and ``out/pipeline``.
+
+    Args:
+        data_dir: folder made by ``arsd train data``.
+        vq_dir: tokenizer folder made by ``arsd train vq``.
+        out: run folder; an existing ``checkpoint.pt`` in it is resumed.
+        minutes: whole time budget, over all resumed runs; the learning rate is annealed over it.
+        batch: pictures per step.
+        lr: peak learning rate, of Muon (decoder matrices) and AdamW (everything else) alike.
+        layers: decoder layers.
+        width: model width, a multiple of 64.
+        seed: seed of weights and batches.
+        sheet_minutes: minutes between checkpoints with sample sheets.
+    """
+    torch.manual_seed(seed)
+    vq = VQTokenizer.from_pretrained(vq_dir).eval()
+    vocab = len(vq.codebook)
+    everything = EmojiData.load(data_dir)
+    train, test = everything.subset(False), everything.subset(True)
+    tokenizer = build_tokenizer(train.captions)
+    ids, test_ids = (torch.from_numpy(TokenData.make(d, vq, out / f"{n}.npy").ids) for d, n in ((train, "train"), (test, "test")))
+    model = EmojiModel(len(tokenizer), layers, width, vocab).train()
+    optimizers, average, clock, step = _optimizers(model, lr), Average(model, 0.998), Clock(minutes), 0
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, clock.spent = state["step"], state["spent"]
+    generator = torch.Generator().manual_seed(seed + step)
+    picks = weighted_batches(torch.from_numpy(train.weights), batch, generator)
+    compiled: Any = torch.compile(model)
+    handed = torch.tensor([bool(_HANDED.search(names[0])) for names in train.captions])
+    mirrored = torch.tensor([flip for _, _, flip in SHIFTS])
+    reduced = has_fast_bfloat16()
+    started, share, last_sheet, curve = time.perf_counter(), clock.tick(), clock.spent, []
+    while share < 1:
+        share = clock.tick()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate_factor(step, share)
+        pick = next(picks)
+        variant = torch.randint(len(SHIFTS), (batch,), generator=generator)
+        variant = torch.where(handed[pick] & mirrored[variant], 0, variant)
+        clean = ids[pick, variant].long()
+        alias = torch.rand(batch, generator=generator) < ALIAS_SHARE
+        captions = [train.captions[i][-1 if other else 0] for i, other in zip(pick.tolist(), alias.tolist(), strict=True)]
+        words, mask = tokenize_captions(tokenizer, captions, CONDITION_TOKENS, "cpu")
+        null = torch.rand(batch, generator=generator) < NULL_SHARE
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            loss = compiled(words, mask, null, corrupted(clean, vocab, generator), clean)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        average.update()
+        step += 1
+        curve.append(float(loss.detach()))
+        if step % 20 == 0:
+            rate = 20 / (time.perf_counter() - started)
+            log_line(out, step=step, loss=sum(curve) / len(curve), minutes=clock.spent, steps_per_second=rate)
+            started, curve = time.perf_counter(), []
+        if share >= 1 or clock.spent - last_sheet >= sheet_minutes:
+            last_sheet = clock.spent
+            state = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "spent": clock.spent}
+            save_atomically({**state, "optimizers": [o.state_dict() for o in optimizers]}, checkpoint)
+            pipe = _pipeline(model, average.values, layers, width, tokenizer, vq)
+            log_line(out, step=step, held_out_loss=_held_out_loss(pipe, test, test_ids))
+            result = pipe(list(SHEET_PROMPTS), generator=torch.Generator().manual_seed(0), progress=False)
+            figure = result.stats.tokens_per_pass
+            log_line(out, step=step, sheet_tokens_per_pass=figure)
+            contact_sheet(result.images, SHEET_PROMPTS, columns=8).save(_made(out / "sheets") / f"{step:06d}.png")
+            pipe.save_pretrained(out / "pipeline")
+            started = time.perf_counter()
+    return _pipeline(model, average.values, layers, width, tokenizer, vq)
+
+
+@torch.no_grad()
+def _held_out_loss(pipe: LlamaGenPipeline, test: EmojiData, ids: Tensor) -> float:
+    features, mask = pipe.encode_prompt([names[0] for names in test.captions])
+    logits = pipe.transformer(pipe.transformer.embed_captions(features, mask), ids[:, 0].long(), mask)
+    return float(F.cross_entropy(logits.flatten(0, 1), ids[:, 0].long().flatten()))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

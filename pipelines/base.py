@@ -1,0 +1,208 @@
+"""What every image pipeline shares: seeds, laws, the call into the decoding loop, progress, callbacks, output."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from arsd.decoding import (
+    Autoregressive,
+    CounterNoise,
+    DecodeRequest,
+    DecodeStats,
+    DecodingStrategy,
+    Grammar,
+    LawConfig,
+    Laws,
+    Setting,
+    decode,
+)
+from arsd.errors import InputError, StrategyError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass
+class ARPipelineOutput(BaseOutput):
+    """What a pipeline returns.
+
+    Args:
+        images: pictures in the order asked for, in the asked ``output_type``.
+        tokens: [B, N] image codes.
+        stats: figures of the call, :class:`arsd.decoding.DecodeStats`.
+        seeds: [B] noise seed of each picture; with ``image_indices`` it fixes the picture of a seed-exact decoder.
+        image_indices: [B] index under which each picture's noise was drawn.
+        law_config: the sampling options that were in force.
+        log_probs: [B, N] log-probabilities of the tokens, when asked for.
+        entropies: [B, N] entropies (nats) of the tokens' laws, when asked for.
+        trace: every pass, when asked for.
+    """
+
+    images: Any
+    tokens: Tensor
+    stats: DecodeStats
+    seeds: list[int]
+    image_indices: list[int]
+    law_config: LawConfig
+    log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    trace: Any = None
+
+
+def noise_keys(generator: Generators, batch: int) -> tuple[list[int], list[int]]:
+    """(seeds, image indices) of ``batch`` pictures.
+
+    One generator gives one seed to all pictures, told apart by their index; a list gives each picture its own seed and index
+    0, so that it comes out as in a call of its own. Without a generator the seed is fresh entropy. Drawing the seed advances
+    the generator, as diffusers users expect of a second call.
+
+    Raises:
+        InputError: when a list has the wrong length.
+    """
+
+    def draw(source: torch.Generator) -> int:
+        return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
+
+    if generator is None:
+        return [secrets.randbits(63)] * batch, list(range(batch))
+    if isinstance(generator, torch.Generator):
+        return [draw(generator)] * batch, list(range(batch))
+    if len(generator) != batch:
+        raise InputError(f"got {len(generator)} generators for {batch} pictures: give one, or one for each")
+    return [draw(source) for source in generator], [0] * batch
+
+
+class ARImagePipeline(DiffusionPipeline):
+    """Base of the image pipelines. A subclass turns inputs into a target; nothing here knows a model.
+
+    Components: ``decoder``, a :class:`arsd.DecodingStrategy`, which can be swapped like a scheduler.
+    """
+
+    _callback_tensor_inputs = ["tokens"]
+    decoder: DecodingStrategy
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``pipe._interrupt = True`` in a callback to stop after the present pass."""
+        return getattr(self, "_interrupt", False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Forward passes of the last call."""
+        return getattr(self, "_num_timesteps", 0)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the last call."""
+        return getattr(self, "_guidance_scale", 1.0)
+
+    def check_decoder(self, decoder: DecodingStrategy | str | None) -> DecodingStrategy:
+        """The strategy of a call: the argument, else the component.
+
+        Raises:
+            StrategyError: when it is no strategy.
+        """
+        from arsd.decoding import parse_strategy
+
+        if isinstance(decoder, str):
+            return parse_strategy(decoder)
+        chosen = decoder if decoder is not None else self.decoder
+        if chosen is None:
+            return Autoregressive()
+        if not isinstance(chosen, DecodingStrategy):
+            raise StrategyError(f"decoder must be a decoding strategy such as arsd.SJD(), not {type(chosen).__name__}")
+        return chosen
+
+    def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
+        """Raise InputError for an unknown output type or callback tensor."""
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise InputError(f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, not {unknown}")
+
+    def law_config(self, defaults: dict[str, Any] | None, given: dict[str, Any]) -> LawConfig:
+        """The sampling options of a call: what was given, else what the model was published with."""
+        known = {field.name for field in fields(LawConfig)}
+        values = {k: v for k, v in (defaults or {}).items() if k in known}
+        values.update({k: v for k, v in given.items() if v is not None})
+        return LawConfig(**values)
+
+    def run_decoder(
+        self,
+        make_target: Callable[[int], Any],
+        decoder: DecodingStrategy,
+        config: LawConfig,
+        grammar: Grammar,
+        keys: tuple[list[int], list[int]],
+        row_length: int,
+        callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        progress: bool = True,
+        **record: bool,
+    ) -> Any:
+        """Decode one batch: build the parts, run the loop, advance the progress bar by committed tokens.
+
+        Args:
+            make_target: pass_tokens -> target.
+            decoder: the strategy.
+            config: sampling options.
+            grammar: what each position may hold.
+            keys: seeds and image indices of the rows.
+            row_length: tokens per line of the picture.
+            callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
+            progress: show the bar.
+            record: ``log_probs`` and ``trace``.
+        """
+        seeds, images = keys
+        noise = CounterNoise(seeds, images, self._execution_device)
+        setting = Setting(len(seeds), grammar.num_tokens, row_length, grammar, noise, self._execution_device)
+        parts = decoder.build(setting)
+        target = make_target(parts.pass_tokens)
+        self._interrupt, self._num_timesteps, done = False, 0, 0
+        with self.progress_bar(total=grammar.num_tokens * len(seeds)) if progress else _Silent() as bar:
+
+            def on_commit(count: int, tokens: Tensor) -> bool:
+                nonlocal done
+                done += count
+                bar.update(count)
+                if callback is not None:
+                    callback(self, self._num_timesteps, done, {"tokens": tokens})
+                self._num_timesteps += 1
+                return self.interrupt
+
+            request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, **record)
+            return decode(target, parts, Laws(config, grammar), noise, request, len(seeds))
+
+
+class _Silent:
+    """Stands in for a progress bar."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Nothing to show."""
+
+
+def to_output(pixels: Tensor, output_type: str) -> Any:
+    """Pictures [B, 3, H, W] in [-1, 1] as ``pil``, ``np`` ([B, H, W, 3] in [0, 1]) or ``pt`` ([B, 3, H, W] in [0, 1])."""
+    unit = (pixels.float().clamp(-1, 1) + 1) / 2
+    if output_type == "pt":
+        return unit
+    array = unit.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(picture) for picture in np.round(array * 255).astype(np.uint8)]

@@ -1,0 +1,208 @@
+"""LlamaGen: class-conditional and text-to-image generation (arXiv 2406.06525)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arsd.decoding import SJD, DecodingStrategy, Grammar
+from arsd.errors import InputError
+from arsd.models.captions import encode_captions, unknown_words
+from arsd.models.llamagen import LlamaGenTransformer
+from arsd.models.target import DecoderTarget
+from arsd.pipelines.base import ARImagePipeline, ARPipelineOutput, Generators, noise_keys, to_output
+from arsd.tokenizers.vq import VQTokenizer
+
+
+class LlamaGenPipeline(ARImagePipeline):
+    """Pictures from class labels or prompts, token by token or many tokens per pass.
+
+    Args:
+        transformer: the autoregressive model.
+        vq: the image tokenizer.
+        decoder: decoding strategy; :class:`arsd.SJD` with the ``gumbel`` coupling when none is given.
+        tokenizer: caption tokenizer (text models only).
+        text_encoder: T5 encoder (text models only).
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vq"
+    _optional_components = ["decoder", "tokenizer", "text_encoder"]
+
+    def __init__(
+        self,
+        transformer: LlamaGenTransformer,
+        vq: VQTokenizer,
+        decoder: DecodingStrategy | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vq=vq,
+            decoder=decoder if decoder is not None else SJD(),
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along one side."""
+        return int(self.transformer.config["grid"]) * self.vq.downsample_factor
+
+    def check_inputs(
+        self,
+        prompt: str | Sequence[str] | None,
+        class_labels: int | Sequence[int] | Tensor | None,
+        prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None,
+        num_images_per_prompt: int,
+        height: int | None,
+        width: int | None,
+    ) -> None:
+        """Raise InputError for anything that the model cannot work with."""
+        given = [x is not None for x in (prompt, class_labels, prompt_embeds)]
+        if sum(given) != 1:
+            raise InputError("give exactly one of prompt, class_labels and prompt_embeds")
+        wants_text = self.transformer.config["condition"] == "text"
+        if wants_text != (class_labels is None):
+            raise InputError(f"this model is {'text' if wants_text else 'class'}-conditional: give {'prompt' if wants_text else 'class_labels'}")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+                raise InputError("the prompt is empty")
+            if self.tokenizer is None or self.text_encoder is None:
+                raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
+        if prompt_embeds is not None and prompt_attention_mask is None:
+            raise InputError("prompt_embeds need their prompt_attention_mask")
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+        if any(side not in (None, self.image_size) for side in (height, width)):
+            raise InputError(f"this model makes pictures of {self.image_size} x {self.image_size} pixels only")
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded caption features [B, T, caption_dim] and mask [B, T]; warns of words the tokenizer does not know."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
+        if strange:
+            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=3)
+        return encode_captions(self.tokenizer, self.text_encoder, prompts, self.transformer.config["condition_tokens"])
+
+    def _condition(self, rows: Tensor, mask: Tensor | None, streams: int) -> tuple[Tensor, Tensor | None]:
+        """Condition [S, B, P, D] and padding [S, B, P]; the null stream reuses the conditional padding, as upstream does."""
+        if streams == 1:
+            return rows[None], None if mask is None else mask[None] == 0
+        if mask is not None:
+            null = self.transformer.embed_null_caption(len(rows))
+            return torch.stack([rows, null]), (mask == 0).expand(2, -1, -1)
+        labels = torch.full((len(rows),), self.transformer.config["num_classes"], device=rows.device)
+        return torch.stack([rows, self.transformer.embed_classes(labels)]), None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        decoder: DecodingStrategy | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        log_probs: bool = False,
+        trace: bool = False,
+        progress: bool = True,
+    ) -> ARPipelineOutput | tuple[Any, ...]:
+        """Make pictures.
+
+        Args:
+            prompt: one prompt or several (text models).
+            class_labels: one class id or several (class models).
+            height: pixels; the model's own size or ``None``.
+            width: likewise.
+            guidance_scale: s of ``u + s (c - u)``; ``None`` takes the model's published value, 1 turns guidance off.
+            guidance_interval: guide positions 0..k only (LlamaGen's ``cfg_interval``).
+            temperature: divides the logits; 0 is greedy.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the smallest set of tokens with this mass.
+            num_images_per_prompt: pictures per prompt; they come prompt by prompt.
+            generator: source of the noise seed: one, or one per picture; see :func:`arsd.pipelines.base.noise_keys`.
+            decoder: strategy of this call, an object or text such as ``"sjd:window=32"``; ``None``: the pipeline's own.
+            prompt_embeds: caption features [B, T, caption_dim], left-padded, instead of a prompt.
+            prompt_attention_mask: [B, T], their mask.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent`` (the token grid [B, h, w]).
+            return_dict: return :class:`ARPipelineOutput` rather than a tuple ``(images,)``.
+            callback_on_step_end: called after each pass with (pipe, pass, tokens so far, {"tokens": [B, N]}).
+            callback_on_step_end_tensor_inputs: tensors that the callback gets.
+            log_probs: also return log-probabilities and entropies.
+            trace: also return every pass.
+            progress: show a progress bar.
+
+        Returns:
+            Pictures, tokens and figures.
+
+        Raises:
+            InputError: for inputs that the model cannot work with.
+            StrategyError: for a decoder that is none.
+            NonFiniteLogitsError: when the model breaks.
+        """
+        # 1. Check
+        self.check_inputs(prompt, class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt, height, width)
+        self.check_output(output_type, callback_on_step_end_tensor_inputs)
+        strategy = self.check_decoder(decoder)
+        options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
+        config = self.law_config(self.transformer.config["sampling"], {**options, "top_k": top_k, "top_p": top_p})
+        self._guidance_scale = config.guidance_scale
+        device, dtype = self._execution_device, self.transformer.dtype
+
+        # 2. Condition
+        mask: Tensor | None = None
+        if class_labels is not None:
+            labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+            rows = self.transformer.embed_classes(labels)
+        else:
+            if prompt is not None:
+                prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+            assert prompt_embeds is not None and prompt_attention_mask is not None
+            mask = prompt_attention_mask.to(device)
+            rows = self.transformer.embed_captions(prompt_embeds.to(device, dtype), mask)
+            mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
+        rows = rows.repeat_interleave(num_images_per_prompt, dim=0)
+        condition, padding = self._condition(rows, mask, 1 if config.guidance_scale == 1 else 2)
+
+        # 3. Decode
+        grid, total = int(self.transformer.config["grid"]), self.transformer.num_tokens
+        keys = noise_keys(generator, len(rows))
+        language_model = self.transformer.lm
+
+        def make_target(pass_tokens: int) -> DecoderTarget:
+            embed = language_model.model.embed_tokens
+            return DecoderTarget(language_model.model, language_model.lm_head, embed, condition, total, pass_tokens, padding)
+
+        grammar = Grammar(total, int(self.transformer.config["vocab_size"]), device=device)
+        result = self.run_decoder(
+            make_target, strategy, config, grammar, keys, grid, callback_on_step_end, progress, log_probs=log_probs, trace=trace
+        )
+
+        # 4. Pictures
+        codes = result.tokens.view(-1, grid, grid)
+        images = codes if output_type == "latent" else to_output(self.vq.decode(codes), output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        recorded = (result.log_probs, result.entropies, result.trace)
+        return ARPipelineOutput(images, result.tokens, result.stats, *keys, config, *recorded)
