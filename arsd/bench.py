@@ -117,7 +117,9 @@ def run_bench(
                     if shape not in references:
                         generator = torch.Generator().manual_seed(seed + number)
                         plain = Autoregressive(pass_tokens=shape)
-                        again = pipe(call, decoder=plain, generator=generator, output_type="latent", progress=False, **sampling)
+                        again = pipe(
+                            call, decoder=plain, generator=generator, output_type="latent", progress=False, **sampling
+                        )
                         references[shape] = again.tokens
                     same = torch.equal(references[shape], result.tokens)
                     row.identical = same if row.identical is None else row.identical and same

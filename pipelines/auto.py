@@ -33,15 +33,21 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{folder} has no model_index.json: give a pipeline folder, or use LlamaGenPipeline.from_single_file")
+        raise CheckpointError(
+            f"{folder} has no model_index.json: give a pipeline folder, or use LlamaGenPipeline.from_single_file"
+        )
     if str(name).count("/") != 1:
-        raise CheckpointError(f"no model {str(name)!r}: shipped models are {', '.join(shipped_models())}; else give a folder or hub id")
+        raise CheckpointError(
+            f"no model {str(name)!r}: shipped models are {', '.join(shipped_models())}; else give a folder or hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), **hub))
     except Exception as error:  # the hub client raises a dozen types: missing, gated, offline, no disk
-        raise CheckpointError(f"could not get {name!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"could not get {name!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 class AutoARPipeline:
@@ -49,7 +55,12 @@ class AutoARPipeline:
 
     @staticmethod
     def from_pretrained(
-        name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, dtype: Any = None, **components: Any
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        dtype: Any = None,
+        **components: Any,
     ) -> ARImagePipeline:
         """Load a pipeline.
 

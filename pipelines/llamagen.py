@@ -70,7 +70,9 @@ class LlamaGenPipeline(ARImagePipeline):
             raise InputError("give exactly one of prompt, class_labels and prompt_embeds")
         wants_text = self.transformer.config["condition"] == "text"
         if wants_text != (class_labels is None):
-            raise InputError(f"this model is {'text' if wants_text else 'class'}-conditional: give {'prompt' if wants_text else 'class_labels'}")
+            raise InputError(
+                "this model is text-conditional: give a prompt" if wants_text else "this model needs class_labels"
+            )
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -195,7 +197,16 @@ class LlamaGenPipeline(ARImagePipeline):
 
         grammar = Grammar(total, int(self.transformer.config["vocab_size"]), device=device)
         result = self.run_decoder(
-            make_target, strategy, config, grammar, keys, grid, callback_on_step_end, progress, log_probs=log_probs, trace=trace
+            make_target,
+            strategy,
+            config,
+            grammar,
+            keys,
+            grid,
+            callback_on_step_end,
+            progress,
+            log_probs=log_probs,
+            trace=trace,
         )
 
         # 4. Pictures

@@ -31,8 +31,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         base_channels: channels at full resolution; a multiple of 32 (group normalisation).
         channel_multiplier: one entry per resolution; ``len - 1`` halvings, so 5 entries give a factor of 16.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
-        norm_groups: groups of the group normalisations. LlamaGen has 32, at 128 base channels; with 32 channels that would be
-            instance normalisation, which erases the colour of a picture.
+        norm_groups: groups of the group normalisations. LlamaGen has 32, at 128 base channels; with 32 channels that would
+            be instance normalisation, which erases the colour of a picture.
     """
 
     @register_to_config

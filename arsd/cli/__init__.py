@@ -14,7 +14,9 @@ def build_parser() -> argparse.ArgumentParser:
     import arsd
     from arsd.cli import bench, demo, generate, models, train
 
-    parser = argparse.ArgumentParser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
+    parser = argparse.ArgumentParser(
+        prog="arsd", description="Fast autoregressive image generation that proves what it did."
+    )
     parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (generate, bench, demo, models, train):

@@ -18,7 +18,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with plain AR at the same pass shape")
+    parser.add_argument(
+        "--no-check", action="store_true", help="leave out the comparison with plain AR at the same pass shape"
+    )
     add_sampling_options(parser)
     add_model_options(parser)
     parser.add_argument("--json", action="store_true")
@@ -37,7 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(f"\r{text}", end="", file=sys.stderr, flush=True)
 
-    options = {"batch": arguments.batch, "repeats": arguments.repeats, "seed": arguments.seed, "check": not arguments.no_check}
+    options = {
+        "batch": arguments.batch,
+        "repeats": arguments.repeats,
+        "seed": arguments.seed,
+        "check": not arguments.no_check,
+    }
     report = run_bench(pipe, strategies, prompts, progress=progress, **options, **sampling(arguments))
     print(file=sys.stderr)
     report = {"model": arguments.model, "model_hash": weights, **report}

@@ -20,7 +20,9 @@ DEFAULT_MODEL = "emoji-128"
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --device, --threads."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="shipped name, pipeline folder or hub id (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="shipped name, pipeline folder or hub id (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float64")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads")

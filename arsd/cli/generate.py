@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="make pictures", description=__doc__)
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
-    parser.add_argument("--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)")
+    parser.add_argument(
+        "--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)"
+    )
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
     add_sampling_options(parser)
     add_model_options(parser)
@@ -89,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
             entries.append(entry)
         images += entries
         stats = result.stats
-        rows.append([prompt, str(decoder), stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""])
+        rows.append(
+            [prompt, str(decoder), stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""]
+        )
         if arguments.compare:
             plain = pipe(prompt, decoder="ar", generator=torch.Generator().manual_seed(arguments.seed), **options)
             for i, entry in enumerate(entries):

@@ -37,8 +37,10 @@ def run_data(arguments: argparse.Namespace) -> int:
     data = build_emoji_data(arguments.source)
     data.save(arguments.out)
     concepts = {c for c, out in zip(data.concepts, data.held_out, strict=True) if out}
-    held = int(data.held_out.sum())
-    print(f"{len(data.captions)} pictures of {len(set(data.concepts))} concepts in {arguments.out}/; held out: {held} of {len(concepts)}")
+    held, every = int(data.held_out.sum()), len(set(data.concepts))
+    print(
+        f"{len(data.captions)} pictures of {every} concepts in {arguments.out}/; held out: {held} of {len(concepts)} concepts"
+    )
     return 0
 
 

@@ -52,9 +52,9 @@ class Jacobi:
 
     Args:
         redraft: how slots behind the first refusal get their next guess.
-        init: what a slot holds when it enters the window: ``uniform`` (drawn, and recorded as uniform over the allowed ids),
-            ``random`` (the same draw recorded as a point mass, as released SJD code does), ``left`` or ``above`` (a copy of the
-            neighbour). Forced positions start with the forced token.
+        init: what a slot holds when it enters the window: ``uniform`` (drawn, and recorded as uniform over the allowed
+            ids), ``random`` (the same draw recorded as a point mass, as released SJD code does), ``left`` or ``above`` (a
+            copy of the neighbour). Forced positions start with the forced token.
         needs_law: keep draft laws.
         batch: rows.
         num_tokens: tokens per row.

@@ -130,8 +130,10 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
             if request.trace:
-                record = [x.cpu().clone() for x in (step.positions, draft.tokens, verdict.tokens, verdict.outcome)]
-                trace.append(Round(*record, counts))
+                positions, drafts, tokens, outcome = (
+                    x.cpu().clone() for x in (step.positions, draft.tokens, verdict.tokens, verdict.outcome)
+                )
+                trace.append(Round(positions, drafts, tokens, outcome, counts))
             rows.commit(step, law, verdict, counts)
             target.rollback(rows.lengths)
             parts.drafter.observe(step, law, verdict, rows.lengths)
@@ -145,5 +147,5 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
     watch.close()
     stats.tokens, stats.near_ties = list(rows.starts), rows.near_ties.tolist()
     stats.expected_changed_tokens = [0.0] * batch
-    kept = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
-    return DecodeResult(rows.tokens[:, :-1].clone(), stats, *kept, trace)
+    log_probs, entropies = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
+    return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)

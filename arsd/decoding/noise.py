@@ -61,7 +61,9 @@ class Noise(Protocol):
         """The canonical Gumbel noise [B, W, vocab] of absolute positions [B, W]."""
         ...
 
-    def bernoulli(self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def bernoulli(
+        self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor
+    ) -> Tensor:
         """True with the given probability [B, W]; slots that are not active may hold anything."""
         ...
 
@@ -139,7 +141,9 @@ class CounterNoise:
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         return self._ring[rows, positions % self._ring.shape[1]]
 
-    def bernoulli(self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def bernoulli(
+        self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor
+    ) -> Tensor:
         """See :class:`Noise`."""
         return self.uniform(purpose, positions, iteration) < probability
 

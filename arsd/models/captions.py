@@ -27,10 +27,17 @@ def left_align(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rolled * kept[..., None].to(features.dtype), kept
 
 
-def tokenize_captions(tokenizer: Any, captions: Sequence[str], length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def tokenize_captions(
+    tokenizer: Any, captions: Sequence[str], length: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Token ids and mask, both [B, length], padded on the right and cut at ``length``."""
     batch = tokenizer(
-        list(captions), max_length=length, padding="max_length", truncation=True, return_attention_mask=True, return_tensors="pt"
+        list(captions),
+        max_length=length,
+        padding="max_length",
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 

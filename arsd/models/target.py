@@ -14,8 +14,8 @@ from arsd.errors import InputError
 class DecoderTarget:
     """A stock decoder, its head, and the embedded condition of every row and guidance stream.
 
-    Streams lie one after another in the batch of the model: rows [0, B) are conditional, [B, 2B) unconditional. All streams of
-    a row carry the same image tokens in one pass.
+    Streams lie one after another in the batch of the model: rows [0, B) are conditional, [B, 2B) unconditional. All streams
+    of a row carry the same image tokens in one pass.
 
     Args:
         decoder: a transformers decoder without head (``LlamaModel``, ...), called with ``inputs_embeds``.

@@ -100,7 +100,7 @@ def base_concept(caption: str) -> str:
 def _captions_by_code() -> dict[str, list[str]]:
     import emoji
 
-    table = {}
+    table: dict[str, list[str]] = {}
     for text, entry in emoji.EMOJI_DATA.items():
         names = [caption_of(name) for name in [entry["en"], *entry.get("alias", [])]]
         if len(text) == 2 and all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in text):

@@ -1,7 +1,7 @@
 """Stage ``target``: train the text encoder and the autoregressive transformer of emoji-128 jointly on VQ tokens.
 
-A share of the input tokens is replaced by random ones (0-25 %, drawn per picture). The labels stay clean, so the model learns
-to read a noisy context, which is what a Jacobi iterate is.
+A share of the input tokens is replaced by random ones (0-25 %, drawn per picture). The labels stay clean, so the model
+learns to read a noisy context, which is what a Jacobi iterate is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ NULL_SHARE = 0.1
 ALIAS_SHARE = 0.2
 MAX_CORRUPTION = 0.25
 SHIFTS = ((0, 0, False), (0, 0, True), (-4, 2, False), (3, -4, True), (4, 4, False), (-3, -3, True))
-_HANDED = re.compile(r"left|right|arrow|clock|flag|button|letter|index|input|keycap|number|text|mark|sign|up!|abc|symbol", re.I)
+_HANDED = re.compile(
+    r"left|right|arrow|clock|flag|button|letter|index|input|keycap|number|text|mark|sign|up!|abc|symbol", re.I
+)
 SHEET_PROMPTS = (
     "red apple", "dog face", "sunflower", "fire engine", "smiling face with sunglasses", "pizza", "rocket", "blue heart",
     "penguin", "woman firefighter medium skin tone", "hamburger", "octopus", "taco", "guitar", "snowman", "cat face",
@@ -56,7 +58,7 @@ def build_tokenizer(captions: list[list[str]]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\w']+"), "removed")
-    words = set()
+    words: set[str] = set()
     for name in (name for names in captions for name in names):
         assert tokenizer.normalizer is not None and tokenizer.pre_tokenizer is not None
         text = tokenizer.normalizer.normalize_str(name)
@@ -74,8 +76,15 @@ class EmojiModel(nn.Module):
         super().__init__()
         self.text = T5EncoderModel(
             T5Config(
-                vocab_size=words, d_model=CAPTION_DIM, d_kv=64, d_ff=512, num_layers=3, num_heads=4, dropout_rate=0.1,
-                pad_token_id=0, eos_token_id=1,
+                vocab_size=words,
+                d_model=CAPTION_DIM,
+                d_kv=64,
+                d_ff=512,
+                num_layers=3,
+                num_heads=4,
+                dropout_rate=0.1,
+                pad_token_id=0,
+                eos_token_id=1,
             )  # fmt: skip
         )
         self.transformer = LlamaGenTransformer(
@@ -135,7 +144,9 @@ def _optimizers(model: EmojiModel, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
-def _pipeline(model: EmojiModel, values: dict[str, Any], layers: int, width: int, tokenizer: Any, vq: VQTokenizer) -> LlamaGenPipeline:
+def _pipeline(
+    model: EmojiModel, values: dict[str, Any], layers: int, width: int, tokenizer: Any, vq: VQTokenizer
+) -> LlamaGenPipeline:
     copy = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).eval()
     copy.load_state_dict(values)
     return LlamaGenPipeline(transformer=copy.transformer, vq=vq, tokenizer=tokenizer, text_encoder=copy.text)
@@ -173,7 +184,9 @@ def train_target(
     everything = EmojiData.load(data_dir)
     train, test = everything.subset(False), everything.subset(True)
     tokenizer = build_tokenizer(train.captions)
-    ids, test_ids = (torch.from_numpy(TokenData.make(d, vq, out / f"{n}.npy").ids) for d, n in ((train, "train"), (test, "test")))
+    ids, test_ids = (
+        torch.from_numpy(TokenData.make(d, vq, out / f"{n}.npy").ids) for d, n in ((train, "train"), (test, "test"))
+    )
     model = EmojiModel(len(tokenizer), layers, width, vocab).train()
     optimizers, average, clock, step = _optimizers(model, lr), Average(model, 0.998), Clock(minutes), 0
     checkpoint = out / "checkpoint.pt"
@@ -224,7 +237,7 @@ def train_target(
             save_atomically({**state, "optimizers": [o.state_dict() for o in optimizers]}, checkpoint)
             pipe = _pipeline(model, average.values, layers, width, tokenizer, vq)
             log_line(out, step=step, held_out_loss=_held_out_loss(pipe, test, test_ids))
-            result = pipe(list(SHEET_PROMPTS), generator=torch.Generator().manual_seed(0), progress=False)
+            result: Any = pipe(list(SHEET_PROMPTS), generator=torch.Generator().manual_seed(0), progress=False)
             figure = result.stats.tokens_per_pass
             log_line(out, step=step, sheet_tokens_per_pass=figure)
             contact_sheet(result.images, SHEET_PROMPTS, columns=8).save(_made(out / "sheets") / f"{step:06d}.png")

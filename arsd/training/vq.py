@@ -114,7 +114,9 @@ def sample_sheet(vq: VQTokenizer, images: Tensor, path: Path) -> None:
     Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 1.5e-3, seed: int = 0) -> VQTokenizer:
+def train_vq(
+    data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 1.5e-3, seed: int = 0
+) -> VQTokenizer:
     """Train (or go on training) the tokenizer; writes checkpoints, a log, sample sheets and ``out/vq``.
 
     Args:
@@ -180,7 +182,9 @@ def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr:
             started = time.perf_counter()
         if step % 200 == 0 or share >= 1:
             state = {"model": vq.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
-            save_atomically({**state, "sums": book.sums, "counts": book.counts, "step": step, "spent": clock.spent}, checkpoint)
+            save_atomically(
+                {**state, "sums": book.sums, "counts": book.counts, "step": step, "spent": clock.spent}, checkpoint
+            )
             final = VQTokenizer(**EMOJI_VQ).eval()
             final.load_state_dict(average.values)
             final.net.quantize.embedding.weight.data.copy_(book.weight)
