@@ -31,6 +31,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         base_channels: channels at full resolution; a multiple of 32 (group normalisation).
         channel_multiplier: one entry per resolution; ``len - 1`` halvings, so 5 entries give a factor of 16.
         num_res_blocks: residual blocks per resolution (one more in the decoder).
+        patch_size: side of the pixel patches that are folded into channels in front of the network (and unfolded behind it);
+            LlamaGen has 1. Full-resolution convolutions cost most of a small tokenizer's time on a CPU.
         norm_groups: groups of the group normalisations. LlamaGen has 32, at 128 base channels; with 32 channels that would
             be instance normalisation, which erases the colour of a picture.
     """
@@ -45,6 +47,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         channel_multiplier: Sequence[int] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
         norm_groups: int = 32,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.net = JanusVQVAE(
@@ -55,6 +58,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
                 base_channels=base_channels,
                 channel_multiplier=list(channel_multiplier),
                 num_res_blocks=num_res_blocks,
+                in_channels=3 * patch_size**2,
+                out_channels=3 * patch_size**2,
             )
         )
         for module in self.net.modules():
@@ -63,9 +68,9 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels per token along one side."""
+        """Pixels per token along one side: the patch, halved resolutions included."""
         config: Any = self.config
-        return int(2 ** (len(config.channel_multiplier) - 1))
+        return int(config.patch_size * 2 ** (len(config.channel_multiplier) - 1))
 
     @property
     def codebook(self) -> Tensor:
@@ -74,12 +79,13 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     def latents(self, images: Tensor) -> Tensor:
         """Unit-length latents [B, h, w, codebook_dim] of pictures [B, 3, H, W] in [-1, 1], before look-up."""
-        z = self.net.quant_conv(self.net.encoder(images))
+        z = self.net.quant_conv(self.net.encoder(F.pixel_unshuffle(images, self.config["patch_size"])))
         return F.normalize(z.permute(0, 2, 3, 1), dim=-1)
 
     def pixels(self, codes: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] of code vectors [B, h, w, codebook_dim]."""
-        return self.net.decoder(self.net.post_quant_conv(codes.permute(0, 3, 1, 2).contiguous()))
+        out = self.net.decoder(self.net.post_quant_conv(codes.permute(0, 3, 1, 2).contiguous()))
+        return F.pixel_shuffle(out, self.config["patch_size"])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -38,9 +38,8 @@ def run_data(arguments: argparse.Namespace) -> int:
     data.save(arguments.out)
     concepts = {c for c, out in zip(data.concepts, data.held_out, strict=True) if out}
     held, every = int(data.held_out.sum()), len(set(data.concepts))
-    print(
-        f"{len(data.captions)} pictures of {every} concepts in {arguments.out}/; held out: {held} of {len(concepts)} concepts"
-    )
+    print(f"{len(data.captions)} pictures of {every} concepts in {arguments.out}/")
+    print(f"held out: {held} pictures of {len(concepts)} concepts")
     return 0
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arsd.errors import DataError
+
 
 @dataclass
 class Clock:
@@ -34,6 +36,13 @@ class Clock:
 def learning_rate_factor(step: int, share: float, warmup: int = 100, floor: float = 0.01) -> float:
     """Linear warm-up over ``warmup`` steps, cosine to ``floor`` over the time budget."""
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def anneal(optimizers: list[torch.optim.Optimizer], lr: float, step: int, share: float) -> None:
+    """Set the learning rate of every group to ``lr`` times :func:`learning_rate_factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * learning_rate_factor(step, share)
 
 
 class Average:
@@ -64,7 +73,7 @@ class Average:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz for matrices (Jordan et al. 2024), in the parameter's own dtype.
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024) for matrices and convolutions, in their own dtype.
 
     ``torch.optim.Muon`` iterates in bfloat16, which is two orders of magnitude slower on a CPU without AVX-512 BF16.
     """
@@ -81,9 +90,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -103,6 +112,22 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     scratch = path.with_suffix(".part")
     torch.save(state, scratch)
     os.replace(scratch, path)
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """The state in ``path``, with its ``model`` entry already loaded into ``model``.
+
+    Raises:
+        DataError: when it was written by another configuration, or is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... for a damaged file
+        raise DataError(
+            f"cannot resume {path} ({type(error).__name__}): it belongs to another configuration; use a new --out"
+        ) from error
+    return state
 
 
 def log_line(folder: Path, **values: Any) -> None:

@@ -29,7 +29,8 @@ from arsd.training.common import (
     Average,
     Clock,
     Muon,
-    learning_rate_factor,
+    anneal,
+    load_checkpoint,
     log_line,
     save_atomically,
     weighted_batches,
@@ -191,8 +192,7 @@ def train_target(
     optimizers, average, clock, step = _optimizers(model, lr), Average(model, 0.998), Clock(minutes), 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
+        state = load_checkpoint(checkpoint, model)
         average.load_state_dict(state["average"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -206,9 +206,7 @@ def train_target(
     started, share, last_sheet, curve = time.perf_counter(), clock.tick(), clock.spent, []
     while share < 1:
         share = clock.tick()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate_factor(step, share)
+        anneal(optimizers, lr, step, share)
         pick = next(picks)
         variant = torch.randint(len(SHIFTS), (batch,), generator=generator)
         variant = torch.where(handed[pick] & mirrored[variant], 0, variant)

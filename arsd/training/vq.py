@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +17,28 @@ from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
     Average,
     Clock,
-    learning_rate_factor,
+    Muon,
+    anneal,
+    load_checkpoint,
     log_line,
     save_atomically,
 )
 from arsd.training.data import EmojiData
 
-EMOJI_VQ = {
+EMOJI_VQ: dict[str, Any] = {
     "codebook_size": 1024,
     "codebook_dim": 8,
     "latent_channels": 64,
-    "base_channels": 32,
-    "channel_multiplier": [1, 1, 2, 4],
+    "base_channels": 64,
+    "channel_multiplier": [1, 2],
     "num_res_blocks": 1,
-    "norm_groups": 8,
+    "norm_groups": 16,
+    "patch_size": 4,
 }
 COMMITMENT = 0.25
 CODE_DECAY = 0.98
 MAX_SHIFT = 6
 WARMUP_STEPS = 250  # steps without quantisation, so that the codebook starts at latents that mean something
-SMALL_SHARE = 0.4  # share of the time spent on 64 px views (4x cheaper): whole pictures scaled down, and crops
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -80,14 +83,6 @@ class Codebook:
         self.weight.copy_(F.normalize(self.sums, dim=-1))
 
 
-def small_views(images: Tensor) -> Tensor:
-    """64 px views of 128 px pictures: the first half of the batch scaled down, the second half cropped at one place."""
-    half = len(images) // 2
-    y, x = torch.randint(8, 57, (2,)).tolist()
-    scaled = F.interpolate(images[:half], scale_factor=0.5, mode="bilinear", antialias=True)
-    return torch.cat([scaled, images[half:, :, y : y + 64, x : x + 64]])
-
-
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
     """L1 + 2 L2, L1 of the finite differences (edges), L1 of 8x8 averages (colour)."""
     error = out - target
@@ -114,9 +109,16 @@ def sample_sheet(vq: VQTokenizer, images: Tensor, path: Path) -> None:
     Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-def train_vq(
-    data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 1.5e-3, seed: int = 0
-) -> VQTokenizer:
+def _optimizers(vq: VQTokenizer, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the inner convolutions, AdamW for the outer ones, norms and biases; the codebook has no gradient."""
+    named = [(n, p) for n, p in vq.named_parameters() if "quantize" not in n]
+    inner = [p for n, p in named if p.ndim == 4 and "conv_in" not in n and "conv_out" not in n and "quant_conv" not in n]
+    chosen = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in chosen]
+    return [Muon(inner, lr=lr, weight_decay=0.0), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)]
+
+
+def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 4e-3, seed: int = 0) -> VQTokenizer:
     """Train (or go on training) the tokenizer; writes checkpoints, a log, sample sheets and ``out/vq``.
 
     Args:
@@ -124,7 +126,7 @@ def train_vq(
         out: run folder; an existing ``checkpoint.pt`` in it is resumed.
         minutes: whole time budget, over all resumed runs; the learning rate is annealed over it.
         batch: pictures per step.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate, of Muon and AdamW alike.
         seed: seed of weights and batches.
     """
     torch.manual_seed(seed)
@@ -134,12 +136,12 @@ def train_vq(
     vq = VQTokenizer(**EMOJI_VQ).train()
     book, average, clock = Codebook(vq), Average(vq, 0.998), Clock(minutes)
     params = [p for n, p in vq.named_parameters() if "quantize" not in n]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizers = _optimizers(vq, lr)
     checkpoint, step = out / "checkpoint.pt", 0
     if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        vq.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = load_checkpoint(checkpoint, vq)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         average.load_state_dict(state["average"])
         book.sums, book.counts = state["sums"], state["counts"]
         step, clock.spent = state["step"], state["spent"]
@@ -149,13 +151,10 @@ def train_vq(
     started, share = time.perf_counter(), clock.tick()
     while share < 1:
         share = clock.tick()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate_factor(step, share)
+        anneal(optimizers, lr, step, share)
         dx, dy, flip = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
-        small = share < SMALL_SHARE
-        pick = torch.multinomial(weights, batch * 3 if small else batch, replacement=True, generator=generator)
-        images = shifted(to_tensor(train.images[pick.numpy()]), dx, dy, flip)
-        images = (small_views(images) if small else images).contiguous()
+        pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
+        images = shifted(to_tensor(train.images[pick.numpy()]), dx, dy, flip).contiguous()
         with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
             z = latents(images).float()
             flat = z.detach().flatten(0, 2)
@@ -167,10 +166,11 @@ def train_vq(
             loss = reconstruction_loss(pixels(quantised).float(), images)
             if step >= WARMUP_STEPS:
                 loss = loss + COMMITMENT * (z - codes).square().sum(-1).mean()
-        optimizer.zero_grad(set_to_none=True)
+        vq.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if step > WARMUP_STEPS:
             book.update(flat, ids)
         average.update()
@@ -180,8 +180,9 @@ def train_vq(
             used = int((book.counts > 0.05).sum())
             log_line(out, step=step, loss=float(loss.detach()), minutes=clock.spent, steps_per_second=rate, codes_used=used)
             started = time.perf_counter()
-        if step % 200 == 0 or share >= 1:
-            state = {"model": vq.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
+        if step % 400 == 0 or share >= 1:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": vq.state_dict(), "optimizers": states, "average": average.state_dict()}
             save_atomically(
                 {**state, "sums": book.sums, "counts": book.counts, "step": step, "spent": clock.spent}, checkpoint
             )
