@@ -95,6 +95,8 @@ def run_bench(
     """
     if batch < 1 or len(prompts) < batch or repeats < 1:
         raise InputError(f"{len(prompts)} prompts cannot fill a batch of {batch}, or repeats ({repeats}) is below 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must lie in 0..2^63-1, not {seed}")
     chosen = list(strategies)
     if not any(str(s) == "ar" for s in chosen):
         chosen.insert(0, Autoregressive())

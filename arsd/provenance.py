@@ -19,15 +19,27 @@ from arsd.errors import InputError
 
 KEY = "arsd"
 _WEIGHTS = (".safetensors", ".bin", ".pt")
+_NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
 
 
 def model_hash(folder: str | Path) -> str:
-    """SHA-256 over all weight and tokenizer files of a pipeline folder, in the order of their names (64 hex digits)."""
+    """SHA-256 over the weights, tokenizers and network configurations of a pipeline folder (64 hex digits).
+
+    Files count in the order of their names. What a library writes about itself into a configuration does not count, nor do
+    the model index and the decoding strategy: they do not belong to the model.
+    """
     folder, digest = Path(folder), hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in _WEIGHTS or path.name == "tokenizer.json":
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            content = path.read_bytes()
+        elif path.name == "config.json":
+            values = json.loads(path.read_bytes())
+            kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in _NOT_THE_MODEL}
+            content = json.dumps(kept, sort_keys=True).encode()
+        else:
+            continue
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
@@ -62,8 +74,9 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overw
         image.save(scratch, format="PNG", pnginfo=info)
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_png(path: str | Path) -> dict[str, Any]:
@@ -79,4 +92,10 @@ def read_png(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
     if text is None:
         raise InputError(f"{path} carries no arsd record")
-    return dict(json.loads(text))
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise InputError(f"{path} carries a damaged arsd record")
+    return record

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from arsd.errors import CheckpointError
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
@@ -46,7 +48,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
         return Path(snapshot_download(str(name), **hub))
     except Exception as error:  # the hub client raises a dozen types: missing, gated, offline, no disk
         raise CheckpointError(
-            f"could not get {name!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"could not get {name!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
 
 
@@ -76,15 +78,13 @@ class AutoARPipeline:
         """
         folder = find_model(name, revision=revision, cache_dir=cache_dir)
         try:
-            class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        except (json.JSONDecodeError, KeyError, OSError) as error:
+            class_name = str(json.loads((folder / "model_index.json").read_bytes())["_class_name"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{folder / 'model_index.json'} is damaged ({error}): download the folder again") from None
         if class_name not in PIPELINES:
             raise CheckpointError(f"{folder} needs the pipeline {class_name!r}; known are {', '.join(PIPELINES)}")
         options = {"dtype": dtype} if dtype is not None else {}
         try:
             return PIPELINES[class_name].from_pretrained(str(folder), **options, **components)
-        except (OSError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"could not load {folder}: {' '.join(str(error).split())[:300]}") from error
-        except ValueError as error:
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"could not load {folder}: {' '.join(str(error).split())[:300]}") from error

@@ -77,6 +77,8 @@ def noise_keys(generator: Generators, batch: int) -> tuple[list[int], list[int]]
         return [secrets.randbits(63)] * batch, list(range(batch))
     if isinstance(generator, torch.Generator):
         return [draw(generator)] * batch, list(range(batch))
+    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise InputError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
     if len(generator) != batch:
         raise InputError(f"got {len(generator)} generators for {batch} pictures: give one, or one for each")
     return [draw(source) for source in generator], [0] * batch
@@ -93,7 +95,10 @@ class ARImagePipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after the present pass."""
+        """Set ``pipe._interrupt = True`` in a callback to stop after the present pass.
+
+        As in diffusers, the flag belongs to the pipeline: calls that run in parallel threads share it.
+        """
         return getattr(self, "_interrupt", False)
 
     @property
@@ -148,6 +153,7 @@ class ARImagePipeline(DiffusionPipeline):
         row_length: int,
         callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         progress: bool = True,
+        callback_inputs: Sequence[str] = ("tokens",),
         **record: bool,
     ) -> Any:
         """Decode one batch: build the parts, run the loop, advance the progress bar by committed tokens.
@@ -161,6 +167,7 @@ class ARImagePipeline(DiffusionPipeline):
             row_length: tokens per line of the picture.
             callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
             progress: show the bar.
+            callback_inputs: tensors that the callback gets (copies).
             record: ``log_probs`` and ``trace``.
         """
         seeds, images = keys
@@ -168,20 +175,23 @@ class ARImagePipeline(DiffusionPipeline):
         setting = Setting(len(seeds), grammar.num_tokens, row_length, grammar, noise, self._execution_device)
         parts = decoder.build(setting)
         target = make_target(parts.pass_tokens)
-        self._interrupt, self._num_timesteps, done = False, 0, 0
+        self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
         with self.progress_bar(total=grammar.num_tokens * len(seeds)) if progress else _Silent() as bar:
 
             def on_commit(count: int, tokens: Tensor) -> bool:
-                nonlocal done
+                nonlocal step, done
                 done += count
                 bar.update(count)
                 if callback is not None:
-                    callback(self, self._num_timesteps, done, {"tokens": tokens})
-                self._num_timesteps += 1
+                    callback(self, step, done, {name: tokens.clone() for name in callback_inputs})
+                step += 1
+                self._num_timesteps = step
                 return self.interrupt
 
             request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, **record)
-            return decode(target, parts, Laws(config, grammar), noise, request, len(seeds))
+            result = decode(target, parts, Laws(config, grammar), noise, request, len(seeds))
+            result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
+            return result
 
 
 class _Silent:

@@ -74,6 +74,8 @@ class LlamaGenPipeline(ARImagePipeline):
                 "this model is text-conditional: give a prompt" if wants_text else "this model needs class_labels"
             )
         if prompt is not None:
+            if not isinstance(prompt, (str, Sequence)):
+                raise InputError(f"prompt must be text or a list of texts, not {prompt!r}")
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
                 raise InputError("the prompt is empty")
@@ -81,7 +83,7 @@ class LlamaGenPipeline(ARImagePipeline):
                 raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
         if prompt_embeds is not None and prompt_attention_mask is None:
             raise InputError("prompt_embeds need their prompt_attention_mask")
-        if num_images_per_prompt < 1:
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
         if any(side not in (None, self.image_size) for side in (height, width)):
             raise InputError(f"this model makes pictures of {self.image_size} x {self.image_size} pixels only")
@@ -91,7 +93,7 @@ class LlamaGenPipeline(ARImagePipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
         if strange:
-            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=3)
+            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=4)
         return encode_captions(self.tokenizer, self.text_encoder, prompts, self.transformer.config["condition_tokens"])
 
     def _condition(self, rows: Tensor, mask: Tensor | None, streams: int) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +176,12 @@ class LlamaGenPipeline(ARImagePipeline):
         # 2. Condition
         mask: Tensor | None = None
         if class_labels is not None:
-            labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+            try:
+                labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+            except (TypeError, ValueError, RuntimeError):
+                raise InputError(f"class_labels must be one class id or several, not {class_labels!r}") from None
+            if not len(labels) or labels.is_floating_point():
+                raise InputError(f"class_labels must be one class id or several, not {class_labels!r}")
             rows = self.transformer.embed_classes(labels)
         else:
             if prompt is not None:
@@ -205,6 +212,7 @@ class LlamaGenPipeline(ARImagePipeline):
             grid,
             callback_on_step_end,
             progress,
+            callback_on_step_end_tensor_inputs,
             log_probs=log_probs,
             trace=trace,
         )

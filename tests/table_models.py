@@ -95,8 +95,8 @@ def run(
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
     noise = noise or CounterNoise(seeds or [0] * target.batch, images or list(range(target.batch)))
-    setting = Setting(target.batch, target.num_tokens, row_length, grammar, noise, target.device)
-    wanted = DecodeRequest(target.num_tokens, row_length, **request)
+    setting = Setting(target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
+    wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
 
 

@@ -112,7 +112,7 @@ def test_window_may_change_from_pass_to_pass(init: str, coupling: str):
 @pytest.mark.parametrize("coupling", ["independent", "maximal", "mixed"])
 @pytest.mark.parametrize("init", INITS)
 def test_larger_models_are_exact_too(init: str, coupling: str):
-    for seed, (vocab, num_tokens, window) in itertools.product(range(3), [(3, 4, 2), (3, 4, 3), (2, 5, 3)]):
+    for seed, (vocab, num_tokens, window) in enumerate([(3, 4, 2), (2, 5, 3), (2, 5, 4)]):
         assert_exact(World(vocab, num_tokens, seed), build_of(coupling, window, init))
 
 
@@ -146,12 +146,14 @@ def test_consecutive_seeds_are_independent(coupling: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_million_samples_have_the_law_of_plain_ar(sampler: str):
-    """Ten batches of 100,000: three times the resolution of the quick run, under guidance, top-k and a forced token."""
+def test_half_a_million_samples_have_the_law_of_plain_ar(sampler: str):
+    """Five batches of 100,000: twice the resolution of the quick run; also with top-k and a forced token."""
     for world in (World(3, 4, 4), World(3, 4, 3, LawConfig(guidance_scale=2.0, top_k=2), forced={2: 1}, row_length=3)):
         numbers = []
-        for part in range(10):
-            seeds = [1000 * part + row // 250 for row in range(100_000)]
-            noise = CounterNoise(seeds, [row % 250 for row in range(100_000)])
-            numbers.append(world.number(world.decode(100_000, SAMPLERS[sampler], noise).tokens))
+        for part in range(5):
+
+            def noise(seeds: list[int], images: list[int], first: int = 1000 * part) -> CounterNoise:
+                return CounterNoise([first + seed for seed in seeds], images)
+
+            numbers.append(world.number(sample(world, SAMPLERS[sampler], 100_000, noise=noise)))
         assert abs(chi_square_z(torch.cat(numbers), world.law())) < 5

@@ -177,6 +177,15 @@ def test_ring_of_gumbel_noise_equals_direct_computation_for_ragged_rows(window: 
         starts = [0, starts[1] + steps[1], starts[2] + steps[2], starts[3] + (500 if turn == 20 else steps[3])]
 
 
+def test_ring_serves_rows_that_go_back():
+    noise, generator = CounterNoise([3, 4], [0, 1]), torch.Generator().manual_seed(0)
+    for _ in range(30):
+        starts = torch.randint(0, 600, (2,), generator=generator)
+        noise.prepare(starts.tolist(), 80, 5, torch.float64)
+        positions = starts[:, None] + torch.arange(80)
+        assert torch.equal(noise.token_gumbel(positions, 5, torch.float64), direct_gumbel(noise, positions, 5))
+
+
 def test_ring_is_made_anew_when_window_vocabulary_or_type_change():
     noise = CounterNoise([1], [0])
     double, single = torch.float64, torch.float32

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from arsd.errors import ArsdError
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,9 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     import arsd
     from arsd.cli import bench, demo, generate, models, train
 
-    parser = argparse.ArgumentParser(
-        prog="arsd", description="Fast autoregressive image generation that proves what it did."
-    )
+    parser = _Parser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
     parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (generate, bench, demo, models, train):

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--n must be at least 1, not {arguments.n}")
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2^63-1, not {arguments.seed}")
-    given = parse_strategy(arguments.decoder) if arguments.decoder else None
+    given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
     out = Path(arguments.out)
     plan = planned_paths(prompts, arguments.n, arguments.seed, out)
     taken = [path for paths in plan for path in paths if path.exists()]

@@ -125,19 +125,20 @@ class Jacobi:
         return self.grammar.allowed[group, tokens.expand_as(positions)]
 
     def _recorded_law(self, positions: Tensor, tokens: Tensor) -> Tensor:
-        """q [B, K, V] of the guesses at ``positions``."""
-        law = self.grammar.uniform_law(positions) if self.init == "uniform" else torch.zeros_like(self._blank(positions))
-        point = self.grammar.forced_at(positions) >= 0
-        if self.init != "uniform":
-            point = torch.ones_like(point)
+        """q [B, K, V] of the guesses at ``positions``.
+
+        p of the last pass where the slot was in its window; uniform where the slot enters now and ``init`` draws uniformly.
+        Everything else (forced tokens, copies, guesses that sat out a smaller window) is a point mass: given the past it
+        is a fixed token, and a point mass is a true account of that.
+        """
         ids = torch.arange(self.grammar.vocab, device=positions.device)
-        law = torch.where(point[..., None], (ids == tokens[..., None]).to(law.dtype), law)
+        law = (ids == tokens[..., None]).double()
+        if self.init == "uniform":
+            drawn = (positions >= self.entered[:, None]) & (self.grammar.forced_at(positions) < 0)
+            law = torch.where(drawn[..., None], self.grammar.uniform_law(positions), law)
         if self.last_law is None:
             return law
         first, p = self.last_law
         offset = positions - first[:, None]
         known = (offset >= 0) & (offset < p.shape[1])
         return torch.where(known[..., None], p[self.rows, offset.clamp(0, p.shape[1] - 1)].to(law.dtype), law)
-
-    def _blank(self, positions: Tensor) -> Tensor:
-        return torch.zeros(*positions.shape, self.grammar.vocab, dtype=torch.float64, device=positions.device)

@@ -6,6 +6,7 @@ token's law does not depend on which pass computed it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +41,11 @@ class LawConfig:
         Raises:
             InputError: for an option out of range.
         """
-        if not self.guidance_scale >= 0:
+        if not 0 <= self.guidance_scale < math.inf:
             raise InputError(f"guidance_scale must be >= 0, not {self.guidance_scale}")
         if not self.temperature >= 0:
             raise InputError(f"temperature must be >= 0, not {self.temperature}")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
+        if not 0 <= self.top_k < math.inf or int(self.top_k) != self.top_k:
             raise InputError(f"top_k must be a whole number >= 0 (0 keeps every token), not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")

@@ -240,6 +240,8 @@ def save_vq(vq: VQTokenizer, path: str | Path) -> None:
     The container is that of :func:`save_transformer`. An empty ``quantize.codebook_used`` goes with it, because
     upstream loads the file strictly.
     """
+    if (vq.config["norm_groups"], vq.config["patch_size"]) != (32, 1):
+        raise InputError("the published layout has norm_groups 32 and patch_size 1: use save_pretrained")
     ours = vq.state_dict()
     state = {key: ours[name].detach().cpu().contiguous() for key, (name,) in _vq_layout(vq).items()}
     _write(state | {_CODES_USED: torch.zeros(65536)}, Path(path))

@@ -149,6 +149,13 @@ def _archive(source: str | Path | None, scratch: str) -> Path:
     return found[0]
 
 
+def _opened(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except tarfile.TarError:
+        raise DataError(f"{path} is no .tgz archive: give that of {NPM_PACKAGE}") from None
+
+
 def build_emoji_data(source: str | Path | None = None) -> EmojiData:
     """Make the data set from the npm archive ``source`` (``None``: fetch it).
 
@@ -157,7 +164,7 @@ def build_emoji_data(source: str | Path | None = None) -> EmojiData:
     """
     names = _captions_by_code()
     images, captions = [], []
-    with tempfile.TemporaryDirectory() as scratch, tarfile.open(_archive(source, scratch)) as archive:
+    with tempfile.TemporaryDirectory() as scratch, _opened(_archive(source, scratch)) as archive:
         for member in sorted((m for m in archive.getmembers() if m.name.endswith(".webp")), key=lambda m: m.name):
             code = "-".join(part for part in Path(member.name).stem.split("-") if part != "fe0f")
             stream = archive.extractfile(member)

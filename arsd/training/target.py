@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from arsd.devices import has_fast_bfloat16
+from arsd.errors import DataError
 from arsd.models.captions import left_align, tokenize_captions
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.pipelines.llamagen import LlamaGenPipeline
@@ -179,6 +180,10 @@ def train_target(
         seed: seed of weights and batches.
         sheet_minutes: minutes between checkpoints with sample sheets.
     """
+    if not minutes > 0 or width < 64 or width % 64 or layers < 1:
+        raise DataError(f"minutes ({minutes}) and layers ({layers}) must be positive, width ({width}) a multiple of 64")
+    if not (Path(vq_dir) / "config.json").is_file():
+        raise DataError(f"no tokenizer in {vq_dir}: run `arsd train vq` first")
     torch.manual_seed(seed)
     vq = VQTokenizer.from_pretrained(vq_dir).eval()
     vocab = len(vq.codebook)

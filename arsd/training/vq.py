@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arsd.devices import has_fast_bfloat16
+from arsd.errors import DataError
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
     Average,
@@ -129,6 +130,8 @@ def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr:
         lr: peak learning rate, of Muon and AdamW alike.
         seed: seed of weights and batches.
     """
+    if not minutes > 0:
+        raise DataError(f"minutes must be positive, not {minutes}")
     torch.manual_seed(seed)
     data = EmojiData.load(data_dir)
     train, test = data.subset(False), data.subset(True)

@@ -1,0 +1,103 @@
+"""Benchmarks compare like with like: same prompts and seeds for every strategy, plain AR always among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipeline import TOKENS, hushed, seeded, text_pipeline
+
+from arsd import SJD, Autoregressive, parse_strategy
+from arsd.bench import BenchRow, peak_memory, run_bench
+from arsd.errors import InputError
+
+PROMPTS = ["red apple", "dog face", "pear"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return hushed(text_pipeline())
+
+
+def test_every_strategy_decodes_all_prompts_and_the_figures_add_up(pipe):
+    report = run_bench(pipe, [Autoregressive(), SJD(window=4)], PROMPTS, repeats=2)
+    plain, fast = report["rows"]
+    assert plain["tokens"] == fast["tokens"] == 2 * 3 * TOKENS == plain["forward_passes"] > fast["forward_passes"]
+    assert plain["tokens_per_pass"] == 1 and fast["tokens_per_pass"] == fast["tokens"] / fast["forward_passes"]
+    assert plain["speedup"] == plain["pass_cost_ratio"] == 1 and plain["pass_tokens"] == 1 and fast["pass_tokens"] == 4
+    for row in report["rows"]:
+        assert len(row["seconds"]) == 6 and sorted(row["seconds"])[2] <= row["seconds_median"] <= sorted(row["seconds"])[3]
+        assert 0 < row["outside_forward_share"] < 1 and row["peak_memory"] > 2**20
+    assert fast["speedup"] == pytest.approx(plain["seconds_median"] / fast["seconds_median"])
+
+
+def test_plain_ar_is_added_in_front_when_it_is_missing(pipe):
+    rows = run_bench(pipe, [Autoregressive(pass_tokens=3)], PROMPTS[:1])["rows"]
+    assert [row["decoder"] for row in rows] == ["ar", "ar:pass_tokens=3"]
+    rows = run_bench(pipe, [SJD(), Autoregressive()], PROMPTS[:1])["rows"]
+    assert [row["decoder"] for row in rows] == ["sjd", "ar"]
+
+
+def test_seed_exact_strategies_are_checked_against_plain_ar_at_their_pass_shape_and_others_are_not(pipe):
+    strategies = [SJD(window=4), SJD(window=4, pass_tokens=8), parse_strategy("sjd:coupling=independent")]
+    assert [r["identical_to_ar_at_w"] for r in run_bench(pipe, strategies, PROMPTS)["rows"]] == [True, True, True, None]
+    unchecked = run_bench(pipe, strategies, PROMPTS, check=False)["rows"]
+    assert {row["identical_to_ar_at_w"] for row in unchecked} == {None}
+
+
+def test_the_check_runs_plain_ar_at_the_pass_shape_of_the_strategy(pipe, monkeypatch):
+    seen, cls = [], type(pipe)
+    original = cls.__call__
+    monkeypatch.setattr(cls, "__call__", lambda self, *a, **k: seen.append(str(k["decoder"])) or original(self, *a, **k))
+    run_bench(pipe, [SJD(window=4, pass_tokens=6)], PROMPTS[:1])
+    assert seen.count("ar:pass_tokens=6") == 1
+
+
+def test_a_strategy_that_only_claims_to_be_seed_exact_is_caught(pipe):
+    class Liar(SJD):
+        seed_exact = True
+
+    rows = run_bench(pipe, [Liar(coupling="independent")], PROMPTS)["rows"]
+    assert [row["identical_to_ar_at_w"] for row in rows] == [True, False]
+
+
+def test_all_strategies_get_the_same_seed_in_a_call_and_calls_get_different_ones(pipe, monkeypatch):
+    seen = []
+    cls = type(pipe)
+    original = cls.__call__
+
+    def spy(self, prompt, **options):
+        out = original(self, prompt, **options)
+        seen.append((tuple(prompt), str(options["decoder"]), out.seeds[0]))
+        return out
+
+    monkeypatch.setattr(cls, "__call__", spy)
+    run_bench(pipe, [SJD()], PROMPTS, seed=5, check=False)
+    timed = seen[2:]  # two warm-ups
+    assert [call[:2] for call in timed] == [((p,), d) for p in PROMPTS for d in ("ar", "sjd")]
+    assert [call[2] for call in timed[::2]] == [call[2] for call in timed[1::2]]
+    assert len({call[2] for call in timed}) == 3
+    monkeypatch.undo()
+    assert timed[0][2] == pipe(PROMPTS[0], generator=seeded(5), output_type="latent").seeds[0]
+
+
+def test_the_report_says_what_was_run(pipe):
+    lines = []
+    report = run_bench(pipe, [], PROMPTS, batch=2, guidance_scale=1.0, top_k=5, progress=lines.append)
+    assert (report["batch"], report["prompts"], report["guidance_scale"], report["top_k"]) == (2, 2, 1.0, 5)
+    assert (report["dtype"], report["device"], report["threads"]) == ("float32", "cpu", torch.get_num_threads())
+    assert lines == ["call 1 of 1, repeat 1 of 1"] and report["rows"][0]["tokens_per_pass"] == 1
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"batch": 4}, {"repeats": 0}])
+def test_a_batch_that_cannot_be_filled_is_refused(pipe, options):
+    with pytest.raises(InputError, match="cannot fill a batch"):
+        run_bench(pipe, [], PROMPTS, **options)
+
+
+def test_rows_of_a_call_that_took_no_time_do_not_divide_by_zero():
+    row = BenchRow("ar", True, seconds=[0.5], forward_seconds=0.1, decode_passes=1)
+    assert row.as_dict(row)["outside_forward_share"] == 0.0 and row.as_dict(row)["tokens_per_pass"] == 0
+
+
+def test_peak_memory_is_in_bytes():
+    assert 2**20 < peak_memory() < 2**45
