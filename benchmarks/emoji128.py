@@ -1,0 +1,126 @@
+"""Every figure that the docs state about the shipped model.
+
+    python benchmarks/emoji128.py speed          # bars: passes, seconds, share outside passes (64 prompts, batch 1)
+    python benchmarks/emoji128.py curves         # tokens per pass by window, coupling, guidance and temperature
+    python benchmarks/emoji128.py sheets         # contact sheets, entropy, diversity
+
+Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import arsd
+from arsd.bench import run_bench
+from arsd.cli.bench import bench_table
+from arsd.cli.common import quiet, table
+from arsd.devices import resolve_dtype
+from arsd.metrics import diversity, mean_entropy
+from arsd.pipelines.auto import find_model
+from arsd.provenance import model_hash
+from arsd.training.sheets import contact_sheet
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "images"
+COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")
+
+
+def prompts(name: str) -> list[str]:
+    return (HERE / "prompts" / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def load(model: str, dtype: torch.dtype) -> tuple[Any, str]:
+    with quiet():
+        pipe = arsd.AutoARPipeline.from_pretrained(model, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, model_hash(find_model(model))
+
+
+def machine() -> str:
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def keep(name: str, report: dict[str, Any]) -> None:
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Plain AR (one-token passes) against SJD, interleaved, batch 1."""
+    pipe, weights = load(arguments.model, resolve_dtype(arguments.dtype))
+    decoders = ["ar", *(f"sjd:window={w}" for w in (8, 12, 16, 24, 32))]
+    decoders += [f"sjd:window={w},coupling=independent" for w in (8, 16, 32)]
+    strategies = [arsd.parse_strategy(text) for text in decoders]
+    report = run_bench(pipe, strategies, prompts("bench64")[: arguments.prompts], top_k=arguments.top_k)
+    report = {"machine": machine(), "model_hash": weights, **report}
+    keep("speed", report)
+    print(f"{machine()}, {report['dtype']}, batch 1, {report['prompts']} prompts, guidance {report['guidance_scale']}\n")
+    print(bench_table(report["rows"]))
+
+
+def curves(arguments: argparse.Namespace) -> None:
+    """Passes only, so batches and a loaded machine do no harm."""
+    pipe, weights = load(arguments.model, resolve_dtype(arguments.dtype))
+    chosen, rows = prompts("bench64")[: arguments.prompts], []
+
+    def measure(decoder: str, **sampling: Any) -> float:
+        generators = [torch.Generator().manual_seed(i) for i in range(len(chosen))]
+        out = pipe(chosen, decoder=decoder, generator=generators, output_type="latent", progress=False, **sampling)
+        return float(out.stats.tokens_per_pass)
+
+    windows = (4, 8, 16, 32, 64)
+    for coupling in COUPLINGS:
+        rows.append([coupling, *(f"{measure(f'sjd:window={w},coupling={coupling}'):.2f}" for w in windows)])
+    print(table(["coupling \\ window", *map(str, windows)], rows))
+    scales = [(s, t) for s in (1.0, 1.5, 2.0, 3.0, 5.0) for t in (1.0, 0.8)]
+    more = [[s, t, f"{measure('sjd:window=16', guidance_scale=s, temperature=t):.2f}"] for s, t in scales]
+    print("\n" + table(["guidance", "temperature", "tokens/pass, window 16"], more))
+    inits = [[init, f"{measure(f'sjd:window=16,init={init}'):.2f}"] for init in ("uniform", "random", "left", "above")]
+    print("\n" + table(["init", "tokens/pass, window 16"], inits))
+    keep("curves", {"model_hash": weights, "windows": windows, "couplings": rows, "sampling": more, "inits": inits})
+
+
+def sheets(arguments: argparse.Namespace) -> None:
+    """One seed per prompt, none chosen."""
+    pipe, weights = load(arguments.model, torch.float32)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    figures = {"model_hash": weights}
+    for name in ("training48", "heldout24"):
+        chosen = prompts(name)
+        out = pipe(chosen, generator=torch.Generator().manual_seed(1), log_probs=True, progress=False)
+        contact_sheet(out.images, chosen, columns=8).save(DOCS / f"{name}.png", optimize=True)
+        figures[f"{name} entropy, bits per token"] = round(mean_entropy(out.entropies), 3)
+        spread = []
+        for prompt in chosen[:8]:
+            several = pipe(
+                prompt, num_images_per_prompt=4, output_type="np", generator=torch.Generator().manual_seed(2), progress=False
+            )
+            spread.append(diversity(several.tokens, several.images))
+        for key in ("tokens", "pixels"):
+            figures[f"{name} diversity, {key}"] = round(sum(s[key] for s in spread) / len(spread), 3)
+    keep("sheets", figures)
+    print(json.dumps(figures, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "curves", "sheets"])
+    parser.add_argument("--model", default="emoji-128")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, help="default: the model's own")
+    arguments = parser.parse_args()
+    {"speed": speed, "curves": curves, "sheets": sheets}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
