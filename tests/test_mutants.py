@@ -229,6 +229,7 @@ class ResidualWithTheTokenGumbel(CounterNoise):
     """The residual is drawn with the position's Gumbel noise, which also drew the guess."""
 
     def categorical(self, weights, purpose, positions, iteration, active) -> Tensor:
+        self.prepare(positions[:, 0].tolist(), positions.shape[1], weights.shape[-1], weights.dtype)
         return (weights.log() + self.token_gumbel(positions, weights.shape[-1], weights.dtype)).argmax(-1)
 
 

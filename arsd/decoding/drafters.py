@@ -21,7 +21,7 @@ def redraft_by_rule(step: Step, law: Law, verdict: Verdict) -> Tensor:
 
 def redraft_by_gumbel(step: Step, law: Law, verdict: Verdict) -> Tensor:
     """argmax(log p + G) with noise fixed per position: SCD-GS (arXiv 2510.24211). Tests and residuals use other noise."""
-    noise = step.noise.token_gumbel(step.positions, law.scores.shape[-1], law.scores.dtype)
+    noise = step.token_gumbel(law.scores.shape[-1], law.scores.dtype)
     return (law.scores + noise).argmax(-1)
 
 

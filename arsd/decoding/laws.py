@@ -45,7 +45,7 @@ class LawConfig:
             raise InputError(f"guidance_scale must be >= 0, not {self.guidance_scale}")
         if not self.temperature >= 0:
             raise InputError(f"temperature must be >= 0, not {self.temperature}")
-        if not 0 <= self.top_k < math.inf or int(self.top_k) != self.top_k:
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise InputError(f"top_k must be a whole number >= 0 (0 keeps every token), not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
@@ -166,8 +166,8 @@ class Laws:
         scores = self.grammar.apply(self._guide(logits, positions), positions)
         if config.temperature == 0:
             best = scores.argmax(-1, keepdim=True)
-            nan = scores.isnan().any(-1, keepdim=True)
-            scores = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0).masked_fill_(nan, torch.nan)
+            broken = ~torch.isfinite(scores.amax(-1, keepdim=True))  # NaN, +inf or no support must not pass for a law
+            scores = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0).masked_fill_(broken, torch.nan)
         elif config.temperature != 1:
             scores = scores / config.temperature
         if 0 < config.top_k < scores.shape[-1]:

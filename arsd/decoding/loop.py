@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arsd.decoding.laws import Law, Laws
-from arsd.decoding.noise import CounterNoise, Noise
+from arsd.decoding.noise import Noise
 from arsd.decoding.stats import DecodeStats, Stopwatch
 from arsd.decoding.types import DecodeRequest, Outcome, Parts, Round, Step, Target, Verdict
 from arsd.errors import NonFiniteLogitsError
@@ -101,7 +101,6 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
     rows, stats, trace = _Rows(batch, request, target.device), DecodeStats(pass_tokens=parts.pass_tokens), []
     watch = Stopwatch(stats.seconds, target.device)
     stats.row_passes = [0] * batch
-    law_dtype = torch.promote_types(target.dtype, torch.float32)
     with watch("prefill"):
         stats.prefill_passes = target.prefill(parts.pass_tokens)
         target.rollback(rows.lengths)
@@ -110,8 +109,6 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
         began, active = time.perf_counter(), rows.active
         with watch("draft"):
             window = parts.controller.window()
-            if isinstance(noise, CounterNoise):
-                noise.prepare(rows.starts, window, target.vocab, law_dtype)
             step = rows.step(window, noise)
             draft = parts.drafter.propose(step)
         with watch("forward"):

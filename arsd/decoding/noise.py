@@ -57,6 +57,10 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
 class Noise(Protocol):
     """The random choices of decoding. A test replaces it by a choice tape that enumerates every outcome."""
 
+    def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
+        """Make :meth:`token_gumbel` ready for positions [start, start + window) of every row."""
+        ...
+
     def token_gumbel(self, positions: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         """The canonical Gumbel noise [B, W, vocab] of absolute positions [B, W]."""
         ...
@@ -92,6 +96,7 @@ class CounterNoise:
         self._key = _absorb(_absorb(key, 0), torch.tensor(list(images), dtype=torch.int64, device=device))
         self._ring: Tensor | None = None
         self._filled = [0] * len(seeds)
+        self._starts = [0] * len(seeds)
 
     def bits(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int, tokens: Tensor | int = 0) -> Tensor:
         """64 random bits per position [B, W], or [B, W, n] when ``tokens`` is a vector of n token ids."""
@@ -100,7 +105,7 @@ class CounterNoise:
         key = _absorb(_absorb(key, positions), steps)
         if isinstance(tokens, Tensor):
             return _mix(key[..., None] + (tokens + 1) * _GAMMA)
-        return _mix(key + (tokens + 1) * _GAMMA)
+        return _mix(key + _signed((tokens + 1) * _GAMMA))
 
     def uniform(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int) -> Tensor:
         """float64 uniforms [B, W] on (0, 1)."""
@@ -110,12 +115,14 @@ class CounterNoise:
         """Make the Gumbel noise of positions [start, start + window) ready for every row (known on the host: no sync).
 
         The noise sits in a ring of ``window + AHEAD`` positions per row and is made ``AHEAD`` positions at a time, because
-        every position is read once per round but need be made only once.
+        every position is read once per round but need be made only once. A row that goes back starts the ring anew.
         """
         size = window + self.AHEAD
-        if self._ring is None or self._ring.shape[1:] != (size, vocab) or self._ring.dtype != dtype:
+        fits = self._ring is not None and self._ring.shape[1:] == (size, vocab) and self._ring.dtype == dtype
+        if not fits or any(now < before for now, before in zip(starts, self._starts, strict=True)):
             self._ring = torch.empty(len(self._filled), size, vocab, dtype=dtype, device=self._key.device)
-            self._filled = [0] * len(self._filled)
+            self._filled = list(starts)
+        self._starts = list(starts)
         rows = [b for b, start in enumerate(starts) if start + window > self._filled[b]]
         while rows:
             self._fill(rows, vocab)

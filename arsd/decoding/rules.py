@@ -25,7 +25,7 @@ class SeedExact:
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
         scores = law.scores
-        noisy = scores + step.noise.token_gumbel(step.positions, scores.shape[-1], scores.dtype)
+        noisy = scores + step.token_gumbel(scores.shape[-1], scores.dtype)
         best, tokens = noisy.max(dim=-1)
         second = noisy.scatter(-1, tokens[..., None], -torch.inf).amax(-1)
         return _verdict(step, draft, tokens, tokens[:, :-1] == draft.tokens, near_tie=best - second < NEAR_TIE)
@@ -56,7 +56,7 @@ class RejectionSampling:
         accepted = noise.bernoulli(ratio, Purpose.ACCEPT, positions[:, :-1], step.iteration, step.active[:, :-1])
         if self.every_slot:
             weights = _residual(p, _pad_law(q))
-            refused = torch.cat([~accepted, torch.ones_like(accepted[:, :1])], dim=1) & step.active
+            refused = torch.cat([~accepted, step.active[:, -1:]], dim=1) & step.active
             fresh = noise.categorical(weights, Purpose.RESIDUAL, positions, step.iteration, refused)
             tokens = torch.where(refused, fresh, _pad(guesses))
         else:

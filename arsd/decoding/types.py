@@ -79,6 +79,11 @@ class Step:
     starts: list[int]
     noise: Noise
 
+    def token_gumbel(self, vocab: int, dtype: torch.dtype) -> Tensor:
+        """The canonical Gumbel noise [B, W, vocab] of the window's positions."""
+        self.noise.prepare(self.starts, self.positions.shape[1], vocab, dtype)
+        return self.noise.token_gumbel(self.positions, vocab, dtype)
+
 
 class Drafter(Protocol):
     """Where guesses come from. Its state lives in the object, which belongs to one call."""
