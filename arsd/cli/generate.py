@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate, write, report."""
     import torch
 
-    from arsd.decoding import parse_strategy
+    from arsd.decoding import LawConfig, parse_strategy
     from arsd.provenance import save_png, tokens_sha256
 
     show_warnings_in_one_line()
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2^63-1, not {arguments.seed}")
     given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
+    LawConfig(**{name: value for name, value in sampling(arguments).items() if value is not None})
     out = Path(arguments.out)
     plan = planned_paths(prompts, arguments.n, arguments.seed, out)
     taken = [path for paths in plan for path in paths if path.exists()]

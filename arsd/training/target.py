@@ -50,8 +50,8 @@ _HANDED = re.compile(
     r"left|right|arrow|clock|flag|button|letter|index|input|keycap|number|text|mark|sign|up!|abc|symbol", re.I
 )
 SHEET_PROMPTS = (
-    "red apple", "dog face", "sunflower", "fire engine", "smiling face with sunglasses", "pizza", "rocket", "blue heart",
-    "penguin", "woman firefighter medium skin tone", "hamburger", "octopus", "taco", "guitar", "snowman", "cat face",
+    "red apple", "dog face", "sunflower", "police car", "smiling face with sunglasses", "pizza", "rocket", "blue heart",
+    "owl", "woman firefighter medium skin tone", "hamburger", "octopus", "burrito", "guitar", "snowman", "cat face",
 )  # fmt: skip
 
 
