@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from arsd.errors import CheckpointError
@@ -83,8 +84,7 @@ class AutoARPipeline:
             raise CheckpointError(f"{folder / 'model_index.json'} is damaged ({error}): download the folder again") from None
         if class_name not in PIPELINES:
             raise CheckpointError(f"{folder} needs the pipeline {class_name!r}; known are {', '.join(PIPELINES)}")
-        options = {"dtype": dtype} if dtype is not None else {}
         try:
-            return PIPELINES[class_name].from_pretrained(str(folder), **options, **components)
+            return PIPELINES[class_name].from_pretrained(str(folder), dtype=dtype or torch.float32, **components)
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"could not load {folder}: {' '.join(str(error).split())[:300]}") from error

@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     target.add_argument("--vq", type=Path, default=Path("runs/vq/vq"))
     target.add_argument("--out", type=Path, default=Path("runs/target"))
     target.add_argument("--minutes", type=float, default=120)
+    target.add_argument("--init", type=Path, metavar="DIR", help="pipeline folder to start from")
     target.add_argument("--layers", type=int, default=6)
     target.add_argument("--width", type=int, default=384)
     target.set_defaults(run=run_target)
@@ -58,8 +59,8 @@ def run_target(arguments: argparse.Namespace) -> int:
 
     from arsd.training.target import train_target
 
-    sizes = {"layers": arguments.layers, "width": arguments.width}
-    pipe = train_target(arguments.data, arguments.vq, arguments.out, minutes=arguments.minutes, **sizes)
+    options = {"minutes": arguments.minutes, "layers": arguments.layers, "width": arguments.width, "init": arguments.init}
+    pipe = train_target(arguments.data, arguments.vq, arguments.out, **options)
     pipe.to(torch.bfloat16).save_pretrained(arguments.out / "pipeline")
     print(f"pipeline in {arguments.out / 'pipeline'}/")
     return 0

@@ -24,6 +24,7 @@ from arsd.devices import has_fast_bfloat16
 from arsd.errors import DataError
 from arsd.models.captions import left_align, tokenize_captions
 from arsd.models.llamagen import LlamaGenTransformer
+from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
@@ -45,7 +46,7 @@ CAPTION_DIM = 256
 NULL_SHARE = 0.1
 ALIAS_SHARE = 0.2
 MAX_CORRUPTION = 0.25
-SHIFTS = ((0, 0, False), (0, 0, True), (-4, 2, False), (3, -4, True), (4, 4, False), (-3, -3, True))
+VARIANTS = ((0, 0, False), (0, 0, True))  # (right, down, mirrored); more of them ask for more training
 _HANDED = re.compile(
     r"left|right|arrow|clock|flag|button|letter|index|input|keycap|number|text|mark|sign|up!|abc|symbol", re.I
 )
@@ -120,12 +121,12 @@ class TokenData:
     @classmethod
     def make(cls, data: EmojiData, vq: VQTokenizer, cache: Path) -> TokenData:
         """Encode every picture in every variant (cached on disk)."""
-        if cache.is_file():
+        if cache.is_file() and np.load(cache, mmap_mode="r").shape[:2] == (len(data.images), len(VARIANTS)):
             return cls(np.load(cache))
-        out = np.zeros((len(data.images), len(SHIFTS), 256), dtype=np.int16)
+        out = np.zeros((len(data.images), len(VARIANTS), 256), dtype=np.int16)
         for start in range(0, len(data.images), 32):
             images = to_tensor(data.images[start : start + 32])
-            for v, (dx, dy, flip) in enumerate(SHIFTS):
+            for v, (dx, dy, flip) in enumerate(VARIANTS):
                 out[start : start + 32, v] = vq.encode(shifted(images, dx, dy, flip)).flatten(1).numpy()
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, out)
@@ -146,6 +147,15 @@ def _optimizers(model: EmojiModel, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
+def _start_from(model: EmojiModel, folder: Path) -> None:
+    pipe: Any = AutoARPipeline.from_pretrained(folder)
+    try:
+        model.text.load_state_dict(pipe.text_encoder.state_dict())
+        model.transformer.load_state_dict(pipe.transformer.state_dict())
+    except RuntimeError as error:
+        raise DataError(f"{folder} does not fit this data and these sizes: {str(error).splitlines()[-1].strip()}") from None
+
+
 def _pipeline(
     model: EmojiModel, values: dict[str, Any], layers: int, width: int, tokenizer: Any, vq: VQTokenizer
 ) -> LlamaGenPipeline:
@@ -160,11 +170,12 @@ def train_target(
     out: Path,
     minutes: float = 90,
     batch: int = 24,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     layers: int = 6,
     width: int = 384,
     seed: int = 0,
     sheet_minutes: float = 12,
+    init: Path | None = None,
 ) -> LlamaGenPipeline:
     """Train (or go on training) text encoder and transformer; writes checkpoints, a log, sample sheets and ``out/pipeline``.
 
@@ -179,6 +190,7 @@ def train_target(
         width: model width, a multiple of 64.
         seed: seed of weights and batches.
         sheet_minutes: minutes between checkpoints with sample sheets.
+        init: pipeline folder whose text encoder and transformer to start from (same data and sizes), without its optimizer.
     """
     if not minutes > 0 or width < 64 or width % 64 or layers < 1:
         raise DataError(f"minutes ({minutes}) and layers ({layers}) must be positive, width ({width}) a multiple of 64")
@@ -194,6 +206,8 @@ def train_target(
         torch.from_numpy(TokenData.make(d, vq, out / f"{n}.npy").ids) for d, n in ((train, "train"), (test, "test"))
     )
     model = EmojiModel(len(tokenizer), layers, width, vocab).train()
+    if init is not None:
+        _start_from(model, init)
     optimizers, average, clock, step = _optimizers(model, lr), Average(model, 0.998), Clock(minutes), 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
@@ -206,14 +220,14 @@ def train_target(
     picks = weighted_batches(torch.from_numpy(train.weights), batch, generator)
     compiled: Any = torch.compile(model)
     handed = torch.tensor([bool(_HANDED.search(names[0])) for names in train.captions])
-    mirrored = torch.tensor([flip for _, _, flip in SHIFTS])
+    mirrored = torch.tensor([flip for _, _, flip in VARIANTS])
     reduced = has_fast_bfloat16()
     started, share, last_sheet, curve = time.perf_counter(), clock.tick(), clock.spent, []
     while share < 1:
         share = clock.tick()
         anneal(optimizers, lr, step, share)
         pick = next(picks)
-        variant = torch.randint(len(SHIFTS), (batch,), generator=generator)
+        variant = torch.randint(len(VARIANTS), (batch,), generator=generator)
         variant = torch.where(handed[pick] & mirrored[variant], 0, variant)
         clean = ids[pick, variant].long()
         alias = torch.rand(batch, generator=generator) < ALIAS_SHARE
