@@ -25,7 +25,7 @@ from arsd.devices import resolve_dtype
 from arsd.metrics import diversity, mean_entropy
 from arsd.pipelines.auto import find_model
 from arsd.provenance import model_hash
-from arsd.training.sheets import contact_sheet
+from arsd.sheets import contact_sheet
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "images"

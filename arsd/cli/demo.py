@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """``arsd generate --compare`` on the demo's prompts, then a sheet of the pictures."""
     from PIL import Image
 
-    from arsd.training.sheets import contact_sheet
+    from arsd.sheets import contact_sheet
 
     out = Path(arguments.out)
     options = ["--compare", "--overwrite", "--seed", str(arguments.seed), "--out", str(out), "--model", DEFAULT_MODEL]

@@ -26,6 +26,7 @@ from arsd.models.captions import left_align, tokenize_captions
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.sheets import contact_sheet
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
     Average,
@@ -38,7 +39,6 @@ from arsd.training.common import (
     weighted_batches,
 )
 from arsd.training.data import EmojiData
-from arsd.training.sheets import contact_sheet
 from arsd.training.vq import shifted, to_tensor
 
 CONDITION_TOKENS = 16
