@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,6 @@ class Clock:
 def learning_rate_factor(step: int, share: float, warmup: int = 100, floor: float = 0.01) -> float:
     """Linear warm-up over ``warmup`` steps, cosine to ``floor`` over the time budget."""
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def anneal(optimizers: list[torch.optim.Optimizer], lr: float, step: int, share: float) -> None:
-    """Set the learning rate of every group to ``lr`` times :func:`learning_rate_factor`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate_factor(step, share)
 
 
 class Average:
@@ -124,9 +116,8 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... for a damaged file
-        raise DataError(
-            f"cannot resume {path} ({type(error).__name__}): it belongs to another configuration; use a new --out"
-        ) from error
+        why = f"({type(error).__name__}): it is damaged or belongs to another configuration; use a new --out"
+        raise DataError(f"cannot resume {path} {why}") from error
     return state
 
 
@@ -139,7 +130,82 @@ def log_line(folder: Path, **values: Any) -> None:
     print(line, flush=True)
 
 
-def weighted_batches(weights: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of indices drawn with the given weights."""
-    while True:
-        yield torch.multinomial(weights, batch, replacement=True, generator=generator)
+class Run:
+    """One resumable training run: model, optimizers, moving average, clock, log of the curve.
+
+    An existing ``checkpoint.pt`` in ``folder`` is resumed. Use::
+
+        while run.begin_step():
+            run.finish_step(loss)
+            if run.due(...):
+                run.save(...)
+
+    Args:
+        folder: where checkpoint and ``log.jsonl`` go.
+        model: what is trained.
+        optimizers: over its parameters.
+        lr: peak learning rate of all of them.
+        minutes: whole time budget, over all resumed runs.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, minutes: float
+    ) -> None:
+        self.folder, self.model, self.optimizers, self.lr = folder, model, optimizers, lr
+        self.average, self.clock, self.step = Average(model, 0.998), Clock(minutes), 0
+        self.params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self.restored: dict[str, Any] = {}
+        if (folder / "checkpoint.pt").is_file():
+            self._resume()
+        self._share, self._saved, self._mark = self.clock.tick(), self.clock.spent, time.perf_counter()
+        self._curve: list[float] = []
+
+    def _resume(self) -> None:
+        state = self.restored = load_checkpoint(self.folder / "checkpoint.pt", self.model)
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.clock.spent = state["step"], state["spent"]
+
+    def begin_step(self) -> bool:
+        """Set the learning rate; ``False`` when the budget is spent."""
+        if self._share >= 1:
+            return False
+        self._share = self.clock.tick()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * learning_rate_factor(self.step, self._share)
+        return True
+
+    def finish_step(self, loss: Tensor, **figures: Any) -> None:
+        """Descend; log the mean loss of every 20 steps, with ``figures``."""
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update()
+        self.step += 1
+        self._curve.append(float(loss.detach()))
+        if self.step % 20 == 0:
+            rate = 20 / (time.perf_counter() - self._mark)
+            mean = sum(self._curve) / len(self._curve)
+            self.log(loss=mean, minutes=self.clock.spent, steps_per_second=rate, **figures)
+            self._curve, self._mark = [], time.perf_counter()
+
+    def log(self, **figures: Any) -> None:
+        """One line in ``log.jsonl``."""
+        log_line(self.folder, step=self.step, **figures)
+
+    def due(self, minutes: float) -> bool:
+        """Whether ``minutes`` have passed since the last checkpoint, or the budget is spent."""
+        return self._share >= 1 or self.clock.spent - self._saved >= minutes
+
+    def save(self, **extra: Any) -> None:
+        """Write the checkpoint; ``extra`` comes back in ``restored``."""
+        self._saved = self.clock.spent
+        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "step": self.step}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_atomically(
+            {**state, "optimizers": optimizers, "spent": self.clock.spent, **extra}, self.folder / "checkpoint.pt"
+        )

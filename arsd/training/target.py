@@ -7,7 +7,6 @@ learns to read a noisy context, which is what a Jacobi iterate is.
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,8 @@ from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.sheets import contact_sheet
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
-    Average,
-    Clock,
     Muon,
-    anneal,
-    load_checkpoint,
-    log_line,
-    save_atomically,
-    weighted_batches,
+    Run,
 )
 from arsd.training.data import EmojiData
 from arsd.training.vq import shifted, to_tensor
@@ -133,6 +126,30 @@ class TokenData:
         return cls(out)
 
 
+class Batches:
+    """Draws training batches: weighted pictures, variants, captions or aliases, dropped captions, corrupted input tokens."""
+
+    def __init__(self, data: EmojiData, tokens: TokenData, tokenizer: Any, vocab: int, size: int) -> None:
+        self.data, self.tokenizer, self.vocab, self.size = data, tokenizer, vocab, size
+        self.ids, self.weights = torch.from_numpy(tokens.ids), torch.from_numpy(data.weights)
+        self.handed = torch.tensor([bool(_HANDED.search(names[0])) for names in data.captions])
+        self.mirrored = torch.tensor([flip for _, _, flip in VARIANTS])
+        self.generator = torch.Generator()
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Words and mask [B, 16], rows without caption [B], fed and clean tokens [B, 256]."""
+        size, source = self.size, self.generator
+        pick = torch.multinomial(self.weights, size, replacement=True, generator=source)
+        variant = torch.randint(len(VARIANTS), (size,), generator=source)
+        variant = torch.where(self.handed[pick] & self.mirrored[variant], 0, variant)
+        alias = torch.rand(size, generator=source) < ALIAS_SHARE
+        captions = [self.data.captions[i][-1 if a else 0] for i, a in zip(pick.tolist(), alias.tolist(), strict=True)]
+        words, mask = tokenize_captions(self.tokenizer, captions, CONDITION_TOKENS, "cpu")
+        null = torch.rand(size, generator=source) < NULL_SHARE
+        clean = self.ids[pick, variant].long()
+        return words, mask, null, corrupted(clean, self.vocab, source), clean
+
+
 def corrupted(ids: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
     """``ids`` [B, T] with a share of 0..25 % (drawn per picture) replaced by uniformly random codes."""
     share = MAX_CORRUPTION * torch.rand(len(ids), 1, generator=generator)
@@ -154,14 +171,6 @@ def _start_from(model: EmojiModel, folder: Path) -> None:
         model.transformer.load_state_dict(pipe.transformer.state_dict())
     except RuntimeError as error:
         raise DataError(f"{folder} does not fit this data and these sizes: {str(error).splitlines()[-1].strip()}") from None
-
-
-def _pipeline(
-    model: EmojiModel, values: dict[str, Any], layers: int, width: int, tokenizer: Any, vq: VQTokenizer
-) -> LlamaGenPipeline:
-    copy = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).eval()
-    copy.load_state_dict(values)
-    return LlamaGenPipeline(transformer=copy.transformer, vq=vq, tokenizer=tokenizer, text_encoder=copy.text)
 
 
 def train_target(
@@ -198,78 +207,41 @@ def train_target(
         raise DataError(f"no tokenizer in {vq_dir}: run `arsd train vq` first")
     torch.manual_seed(seed)
     vq = VQTokenizer.from_pretrained(vq_dir).eval()
-    vocab = len(vq.codebook)
-    everything = EmojiData.load(data_dir)
-    train, test = everything.subset(False), everything.subset(True)
+    data = EmojiData.load(data_dir)
+    train, test = data.subset(False), data.subset(True)
     tokenizer = build_tokenizer(train.captions)
-    ids, test_ids = (
-        torch.from_numpy(TokenData.make(d, vq, out / f"{n}.npy").ids) for d, n in ((train, "train"), (test, "test"))
-    )
-    model = EmojiModel(len(tokenizer), layers, width, vocab).train()
+    batches = Batches(train, TokenData.make(train, vq, out / "train.npy"), tokenizer, len(vq.codebook), batch)
+    test_ids = torch.from_numpy(TokenData.make(test, vq, out / "test.npy").ids[:, 0]).long()
+    model = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).train()
     if init is not None:
         _start_from(model, init)
-    optimizers, average, clock, step = _optimizers(model, lr), Average(model, 0.998), Clock(minutes), 0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.is_file():
-        state = load_checkpoint(checkpoint, model)
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, clock.spent = state["step"], state["spent"]
-    generator = torch.Generator().manual_seed(seed + step)
-    picks = weighted_batches(torch.from_numpy(train.weights), batch, generator)
+    run = Run(out, model, _optimizers(model, lr), lr, minutes)
+    batches.generator.manual_seed(seed + run.step)
     compiled: Any = torch.compile(model)
-    handed = torch.tensor([bool(_HANDED.search(names[0])) for names in train.captions])
-    mirrored = torch.tensor([flip for _, _, flip in VARIANTS])
-    reduced = has_fast_bfloat16()
-    started, share, last_sheet, curve = time.perf_counter(), clock.tick(), clock.spent, []
-    while share < 1:
-        share = clock.tick()
-        anneal(optimizers, lr, step, share)
-        pick = next(picks)
-        variant = torch.randint(len(VARIANTS), (batch,), generator=generator)
-        variant = torch.where(handed[pick] & mirrored[variant], 0, variant)
-        clean = ids[pick, variant].long()
-        alias = torch.rand(batch, generator=generator) < ALIAS_SHARE
-        captions = [train.captions[i][-1 if other else 0] for i, other in zip(pick.tolist(), alias.tolist(), strict=True)]
-        words, mask = tokenize_captions(tokenizer, captions, CONDITION_TOKENS, "cpu")
-        null = torch.rand(batch, generator=generator) < NULL_SHARE
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-            loss = compiled(words, mask, null, corrupted(clean, vocab, generator), clean)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        average.update()
-        step += 1
-        curve.append(float(loss.detach()))
-        if step % 20 == 0:
-            rate = 20 / (time.perf_counter() - started)
-            log_line(out, step=step, loss=sum(curve) / len(curve), minutes=clock.spent, steps_per_second=rate)
-            started, curve = time.perf_counter(), []
-        if share >= 1 or clock.spent - last_sheet >= sheet_minutes:
-            last_sheet = clock.spent
-            state = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "spent": clock.spent}
-            save_atomically({**state, "optimizers": [o.state_dict() for o in optimizers]}, checkpoint)
-            pipe = _pipeline(model, average.values, layers, width, tokenizer, vq)
-            log_line(out, step=step, held_out_loss=_held_out_loss(pipe, test, test_ids))
+
+    def averaged() -> LlamaGenPipeline:
+        copy = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).eval()
+        copy.load_state_dict(run.average.values)
+        return LlamaGenPipeline(transformer=copy.transformer, vq=vq, tokenizer=tokenizer, text_encoder=copy.text)
+
+    while run.begin_step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            loss = compiled(*batches.draw())
+        run.finish_step(loss)
+        if run.due(sheet_minutes):
+            run.save()
+            pipe = averaged()
+            run.log(held_out_loss=_held_out_loss(pipe, test, test_ids))
             result: Any = pipe(list(SHEET_PROMPTS), generator=torch.Generator().manual_seed(0), progress=False)
-            figure = result.stats.tokens_per_pass
-            log_line(out, step=step, sheet_tokens_per_pass=figure)
-            contact_sheet(result.images, SHEET_PROMPTS, columns=8).save(_made(out / "sheets") / f"{step:06d}.png")
+            run.log(sheet_tokens_per_pass=result.stats.tokens_per_pass)
+            (out / "sheets").mkdir(exist_ok=True)
+            contact_sheet(result.images, SHEET_PROMPTS, columns=8).save(out / "sheets" / f"{run.step:06d}.png")
             pipe.save_pretrained(out / "pipeline")
-            started = time.perf_counter()
-    return _pipeline(model, average.values, layers, width, tokenizer, vq)
+    return averaged()
 
 
 @torch.no_grad()
 def _held_out_loss(pipe: LlamaGenPipeline, test: EmojiData, ids: Tensor) -> float:
     features, mask = pipe.encode_prompt([names[0] for names in test.captions])
-    logits = pipe.transformer(pipe.transformer.embed_captions(features, mask), ids[:, 0].long(), mask)
-    return float(F.cross_entropy(logits.flatten(0, 1), ids[:, 0].long().flatten()))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    logits = pipe.transformer(pipe.transformer.embed_captions(features, mask), ids, mask)
+    return float(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))

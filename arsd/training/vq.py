@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,8 @@ from arsd.devices import has_fast_bfloat16
 from arsd.errors import DataError
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.common import (
-    Average,
-    Clock,
     Muon,
-    anneal,
-    load_checkpoint,
-    log_line,
-    save_atomically,
+    Run,
 )
 from arsd.training.data import EmojiData
 
@@ -38,6 +32,7 @@ EMOJI_VQ: dict[str, Any] = {
 }
 COMMITMENT = 0.25
 CODE_DECAY = 0.98
+CHECKPOINT_MINUTES = 4
 MAX_SHIFT = 6
 WARMUP_STEPS = 250  # steps without quantisation, so that the codebook starts at latents that mean something
 
@@ -135,68 +130,44 @@ def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr:
     torch.manual_seed(seed)
     data = EmojiData.load(data_dir)
     train, test = data.subset(False), data.subset(True)
-    probe = to_tensor(test.images[:48])
     vq = VQTokenizer(**EMOJI_VQ).train()
-    book, average, clock = Codebook(vq), Average(vq, 0.998), Clock(minutes)
-    params = [p for n, p in vq.named_parameters() if "quantize" not in n]
-    optimizers = _optimizers(vq, lr)
-    checkpoint, step = out / "checkpoint.pt", 0
-    if checkpoint.is_file():
-        state = load_checkpoint(checkpoint, vq)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average.load_state_dict(state["average"])
-        book.sums, book.counts = state["sums"], state["counts"]
-        step, clock.spent = state["step"], state["spent"]
-    reduced = has_fast_bfloat16()
+    run, book = Run(out, vq, _optimizers(vq, lr), lr, minutes), Codebook(vq)
+    if run.restored:
+        book.sums, book.counts = run.restored["sums"], run.restored["counts"]
     latents, pixels = torch.compile(vq.latents, dynamic=False), torch.compile(vq.pixels, dynamic=False)
-    generator, weights = torch.Generator().manual_seed(seed + step), torch.from_numpy(train.weights)
-    started, share = time.perf_counter(), clock.tick()
-    while share < 1:
-        share = clock.tick()
-        anneal(optimizers, lr, step, share)
+    generator, weights = torch.Generator().manual_seed(seed + run.step), torch.from_numpy(train.weights)
+    while run.begin_step():
         dx, dy, flip = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
         pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
         images = shifted(to_tensor(train.images[pick.numpy()]), dx, dy, flip).contiguous()
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             z = latents(images).float()
             flat = z.detach().flatten(0, 2)
-            if step == WARMUP_STEPS:
+            if run.step == WARMUP_STEPS:
                 book.start(flat)
             ids = (flat @ book.weight.T).argmax(-1)
             codes = book.weight[ids].view_as(z).detach()
-            quantised = z if step < WARMUP_STEPS else z + (codes - z).detach()
-            loss = reconstruction_loss(pixels(quantised).float(), images)
-            if step >= WARMUP_STEPS:
+            if run.step < WARMUP_STEPS:
+                loss = reconstruction_loss(pixels(z).float(), images)
+            else:
+                loss = reconstruction_loss(pixels(z + (codes - z).detach()).float(), images)
                 loss = loss + COMMITMENT * (z - codes).square().sum(-1).mean()
-        vq.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        if step > WARMUP_STEPS:
+        if run.step > WARMUP_STEPS:
             book.update(flat, ids)
-        average.update()
-        step += 1
-        if step % 20 == 0:
-            rate = 20 / (time.perf_counter() - started)
-            used = int((book.counts > 0.05).sum())
-            log_line(out, step=step, loss=float(loss.detach()), minutes=clock.spent, steps_per_second=rate, codes_used=used)
-            started = time.perf_counter()
-        if step % 400 == 0 or share >= 1:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"model": vq.state_dict(), "optimizers": states, "average": average.state_dict()}
-            save_atomically(
-                {**state, "sums": book.sums, "counts": book.counts, "step": step, "spent": clock.spent}, checkpoint
-            )
-            final = VQTokenizer(**EMOJI_VQ).eval()
-            final.load_state_dict(average.values)
-            final.net.quantize.embedding.weight.data.copy_(book.weight)
-            log_line(out, step=step, psnr_held_out=psnr(final, probe))
-            sample_sheet(final, to_tensor(test.images[4:76:6]), out / "sheets" / f"{step:06d}.png")
-            started = time.perf_counter()
-    final = VQTokenizer(**EMOJI_VQ).eval()
-    final.load_state_dict(average.values)
-    final.net.quantize.embedding.weight.data.copy_(book.weight)
+        run.finish_step(loss, codes_used=int((book.counts > 0.05).sum()))
+        if run.due(CHECKPOINT_MINUTES):
+            run.save(sums=book.sums, counts=book.counts)
+            now = _averaged(run, book)
+            run.log(psnr_held_out=psnr(now, to_tensor(test.images[:48])))
+            sample_sheet(now, to_tensor(test.images[:72:6]), out / "sheets" / f"{run.step:06d}.png")
+    final = _averaged(run, book)
     final.save_pretrained(out / "vq")
     return final
+
+
+def _averaged(run: Run, book: Codebook) -> VQTokenizer:
+    """The tokenizer with averaged weights and the present codes."""
+    vq = VQTokenizer(**EMOJI_VQ).eval()
+    vq.load_state_dict(run.average.values)
+    vq.net.quantize.embedding.weight.data.copy_(book.weight)
+    return vq
