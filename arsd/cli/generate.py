@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipe, weights = load_pipeline(arguments)
     decoder = given or pipe.decoder
     show = not arguments.json
-    pipe.set_progress_bar_config(disable=not show, unit="token", leave=False)
+    pipe.set_progress_bar_config(disable=None if show else True, unit="token", leave=False)  # None: only on a terminal
     images, rows = [], []
     for prompt, paths in zip(prompts, plan, strict=True):
         options = {"num_images_per_prompt": arguments.n, **sampling(arguments)}

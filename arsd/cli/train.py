@@ -55,12 +55,10 @@ def run_vq(arguments: argparse.Namespace) -> int:
 
 def run_target(arguments: argparse.Namespace) -> int:
     """Stage ``target``."""
-    import torch
-
-    from arsd.training.target import train_target
+    from arsd.training.target import ship, train_target
 
     options = {"minutes": arguments.minutes, "layers": arguments.layers, "width": arguments.width, "init": arguments.init}
     pipe = train_target(arguments.data, arguments.vq, arguments.out, **options)
-    pipe.to(torch.bfloat16).save_pretrained(arguments.out / "pipeline")
-    print(f"pipeline in {arguments.out / 'pipeline'}/")
+    ship(pipe, arguments.out / "shipped")
+    print(f"pipeline in {arguments.out / 'shipped'}/")
     return 0

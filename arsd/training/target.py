@@ -6,6 +6,7 @@ learns to read a noisy context, which is what a Jacobi iterate is.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +239,17 @@ def train_target(
             contact_sheet(result.images, SHEET_PROMPTS, columns=8).save(out / "sheets" / f"{run.step:06d}.png")
             pipe.save_pretrained(out / "pipeline")
     return averaged()
+
+
+def ship(pipe: LlamaGenPipeline, folder: Path) -> None:
+    """Save a pipeline in bfloat16 for distribution: readable by everybody, without the paths of this machine."""
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(0o644)
+        if path.suffix == ".json" and path.name != "tokenizer.json":
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
