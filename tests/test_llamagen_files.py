@@ -157,6 +157,18 @@ def test_saving_and_loading_a_transformer_is_bit_exact(tmp_path: Path, suffix: s
     assert torch.equal(first.lm.model.rotary_emb.cos, second.lm.model.rotary_emb.cos)
 
 
+def test_condition_keys_are_ours_alone(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "grid": 4}
+    model = LlamaGenTransformer(**sizes, condition="text", condition_tokens=3, caption_dim=8, condition_keys=True)
+    table, upstream = model.lm.model.rotary_emb, LlamaGenTransformer(**sizes, condition_tokens=3).lm.model.rotary_emb
+    assert torch.equal(table.cos[:3], torch.ones(3, 16)) and not table.sin[:3].any()
+    assert not upstream.cos[:3].any() and not upstream.sin[:3].any()
+    assert torch.equal(table.cos[3:], upstream.cos[3:]) and torch.equal(table.sin[3:], upstream.sin[3:])
+    with pytest.raises(InputError, match="condition_keys"):
+        model.save_single_file(tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_saving_and_loading_a_tokenizer_is_bit_exact(tmp_path: Path, suffix: str) -> None:
     state = reference.vq_state()

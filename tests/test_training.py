@@ -23,7 +23,7 @@ from arsd.models.captions import left_align, tokenize_captions, unknown_words
 from arsd.training import common, data, target, vq
 from arsd.training.common import Average, Clock, Muon, learning_rate_factor, load_checkpoint, orthogonalise, save_atomically
 from arsd.training.data import MAX_HASH_DISTANCE, EmojiData, base_concept, build_emoji_data, caption_of
-from arsd.training.target import build_tokenizer, corrupted, train_target
+from arsd.training.target import build_tokenizer, train_target
 from arsd.training.vq import EMOJI_VQ, Codebook, shifted, to_tensor, train_vq
 
 
@@ -167,18 +167,6 @@ def test_left_align_moves_valid_features_to_the_end_in_order_and_clears_the_rest
     for b, n in enumerate(lengths):
         assert kept[b].tolist() == [0] * (7 - n) + [1] * n
         assert torch.equal(out[b, 7 - n :], features[b, :n]) and not out[b, : 7 - n].any()
-
-
-def test_corruption_replaces_at_most_a_quarter_and_leaves_the_labels_alone():
-    ids = torch.randint(1024, (400, 256), generator=rng())
-    labels = ids.clone()
-    fed = corrupted(ids, 1024, rng(1))
-    assert torch.equal(ids, labels) and fed.shape == ids.shape and fed.dtype == ids.dtype
-    assert int(fed.min()) >= 0 and int(fed.max()) < 1024
-    share = (fed != ids).double().mean(1)
-    assert 0.11 < share.mean() < 0.14 and share.max() < 0.25 + 4 * (0.25 * 0.75 / 256) ** 0.5  # mean 12.5 %, 4 sigma above
-    assert (share < 0.02).any() and (share > 0.2).any()
-    assert torch.equal(fed, corrupted(ids, 1024, rng(1)))
 
 
 # ---------------------------------------------------------------- parts of a run
@@ -330,7 +318,7 @@ MISTAKES = {
 def test_a_mistake_in_train_is_one_line_and_status_2(small_data, tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     VQTokenizer(**{**EMOJI_VQ, "codebook_size": 64}).save_pretrained("vq")
-    monkeypatch.setattr(target.TokenData, "make", lambda *args: pytest.fail("started to work"))
+    monkeypatch.setattr(target, "encode_pictures", lambda *args: pytest.fail("started to work"))
     monkeypatch.setattr(vq, "Codebook", lambda *args: pytest.fail("started to work"))
     monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", lambda *a, **k: pytest.fail("asked the hub"))
     words, says = MISTAKES[case]
@@ -375,6 +363,7 @@ def test_target_training_resumes_and_writes_a_pipeline(small_data, tmp_path, mon
     assert second["average"]["updates"] == second["step"] and len(second["optimizers"]) == 2
     losses = [line["held_out_loss"] for line in log(out) if "held_out_loss" in line]
     assert len(losses) == 2 and all(0 < loss < 6 for loss in losses)
+    assert sum({"probe_right", "probe_null", "probe_other"} <= set(line) for line in log(out)) == 2
     assert len(list((out / "sheets").glob("*.png"))) == 2 and Image.open(next((out / "sheets").glob("*.png"))).width > 128
     pipe = LlamaGenPipeline.from_pretrained(out / "pipeline")
     pipe.set_progress_bar_config(disable=True)

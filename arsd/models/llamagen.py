@@ -50,6 +50,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: number of classes (class only); the null class has this id.
         rope_base: base of the rotary table.
         norm_eps: epsilon of the RMS norms.
+        condition_keys: whether attention can tell condition slots apart, see :class:`GridRotaryTable` (no published
+            checkpoint can).
         sampling: the sampling options published with the weights (fields of :class:`arsd.decoding.LawConfig`), which a
             pipeline uses where a call names none.
     """
@@ -73,6 +75,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        condition_keys: bool = False,
         sampling: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
                 eos_token_id=None,
             )
         )
-        rotary: Any = GridRotaryTable(condition_tokens, grid, hidden_size // num_heads, rope_base)
+        rotary: Any = GridRotaryTable(condition_tokens, grid, hidden_size // num_heads, rope_base, condition_keys)
         self.lm.model.rotary_emb = rotary
         if condition == "class":
             self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)

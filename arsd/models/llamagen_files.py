@@ -178,7 +178,12 @@ def save_transformer(model: LlamaGenTransformer, path: str | Path) -> None:
 
     The file is ``{"model": state_dict}``, or flat if ``path`` ends in ``.safetensors``. It replaces an older one only
     when it is complete. Grid and heads are not part of the layout: name or remember them for loading.
+
+    Raises:
+        InputError: for a model with ``condition_keys``, which upstream does not have.
     """
+    if model.config["condition_keys"]:
+        raise InputError("upstream models have no condition_keys: use save_pretrained")
     ours = model.state_dict()
     heads = model.config["num_heads"]
     kv_heads = model.config["num_key_value_heads"] or heads

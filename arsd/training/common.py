@@ -177,10 +177,10 @@ class Run:
                 group["lr"] = self.lr * learning_rate_factor(self.step, self._share)
         return True
 
-    def finish_step(self, loss: Tensor, **figures: Any) -> None:
-        """Descend; log the mean loss of every 20 steps, with ``figures``."""
+    def finish_step(self, loss: Tensor, *others: Tensor, **figures: Any) -> None:
+        """Descend on the sum of ``loss`` and ``others``; log the mean ``loss`` of every 20 steps, with ``figures``."""
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
+        sum(others, start=loss).backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
