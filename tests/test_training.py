@@ -354,7 +354,7 @@ def test_tokenizer_training_resumes_where_it_stopped(small_data, tmp_path, monke
 def test_target_training_resumes_and_writes_a_pipeline(small_data, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "SHEET_PROMPTS", ("red apple", "zebra"))
     VQTokenizer(**{**EMOJI_VQ, "codebook_size": 64}).save_pretrained(tmp_path / "vq")
-    out, sizes = tmp_path / "target", {"batch": 4, "layers": 1, "width": 64}
+    out, sizes = tmp_path / "target", {"batch": 4, "layers": 1, "width": 64, "caption_steps": 5}
     train_target(small_data, tmp_path / "vq", out, minutes=0.05, **sizes)
     first = torch.load(out / "checkpoint.pt", weights_only=True)
     train_target(small_data, tmp_path / "vq", out, minutes=0.1, **sizes)
