@@ -203,7 +203,8 @@ def corrupted(ids: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
 def _optimizers(model: EmojiModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of decoder, caption projection and text encoder, AdamW for the rest.
 
-    Under AdamW the projection, which has no bias, grows one direction common to all captions and drowns them in it.
+    Under AdamW at this learning rate the projection, which has no bias, grew one direction common to all captions: slots
+    of norm 481, with a mean cosine of 0.86 between captions.
     """
     parts = (model.transformer.lm.model.layers, model.transformer.caption_projection, model.text.encoder.block)
     linears = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
@@ -226,7 +227,7 @@ def teach_captions(model: EmojiModel, batches: Batches, lr: float, steps: int, s
             optimizer.step()
         losses.append(float(loss.detach()))
     model.zero_grad(set_to_none=True)
-    return sum(losses[-20:]) / max(1, len(losses[-20:]))
+    return sum(losses[-20:]) / len(losses[-20:])
 
 
 def _start_from(model: EmojiModel, folder: Path) -> None:
@@ -283,7 +284,7 @@ def train_target(
     model = EmojiModel(len(tokenizer), layers, width, len(vq.codebook)).train()
     if init is not None:
         _start_from(model, init)
-    if not (out / "checkpoint.pt").is_file():
+    if caption_steps and not (out / "checkpoint.pt").is_file():
         batches.generator.manual_seed(seed)
         log_line(out, caption_steps=caption_steps, picture_loss=teach_captions(model, batches, lr, caption_steps))
     run = Run(out, model, _optimizers(model, lr), lr, minutes)
