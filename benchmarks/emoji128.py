@@ -3,8 +3,10 @@
     python benchmarks/emoji128.py speed          # bars: passes, seconds, share outside passes (64 prompts, batch 1)
     python benchmarks/emoji128.py curves         # tokens per pass by window, coupling, guidance and temperature
     python benchmarks/emoji128.py sheets         # contact sheets, entropy, diversity
+    python benchmarks/emoji128.py tokens         # what entropy-constrained quantisation gives and costs
 
-Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/.
+Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/. `tokens` needs the
+pictures: `arsd train data`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 import arsd
 from arsd.bench import run_bench
@@ -26,6 +29,9 @@ from arsd.metrics import diversity, mean_entropy
 from arsd.pipelines.auto import find_model
 from arsd.provenance import model_hash
 from arsd.sheets import contact_sheet
+from arsd.training.data import EmojiData
+from arsd.training.target import RATE, quantise
+from arsd.training.vq import to_tensor
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "images"
@@ -58,7 +64,7 @@ def speed(arguments: argparse.Namespace) -> None:
     """Plain AR (one-token passes) against SJD, interleaved, batch 1."""
     pipe, weights = load(arguments.model, resolve_dtype(arguments.dtype))
     decoders = ["ar", *(f"sjd:window={w}" for w in (8, 12, 16, 24, 32))]
-    decoders += [f"sjd:window={w},coupling=independent" for w in (8, 16, 32)]
+    decoders += [f"sjd:window={w},coupling=independent" for w in (8, 12, 16, 24)]
     strategies = [arsd.parse_strategy(text) for text in decoders]
     report = run_bench(pipe, strategies, prompts("bench64")[: arguments.prompts], top_k=arguments.top_k)
     report = {"machine": machine(), "model_hash": weights, **report}
@@ -111,15 +117,47 @@ def sheets(arguments: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=1))
 
 
+@torch.no_grad()
+def tokens(arguments: argparse.Namespace) -> None:
+    """Nearest codes against the entropy-constrained ones that the model is trained on, pictures of the data set."""
+    pipe, weights = load(arguments.model, torch.float32)
+    vq, codebook = pipe.vq, pipe.vq.codebook
+    data = EmojiData.load(arguments.data)
+    train, test = (to_tensor(data.subset(held_out).images) for held_out in (False, True))
+    latents = torch.cat([vq.latents(part) for part in train.split(32)])
+    white = F.avg_pool2d((train > 0.99).all(1, keepdim=True).float(), vq.downsample_factor).flatten() == 1
+    ids = {rate: quantise(latents.flatten(0, 2), codebook, rate) for rate in (0.0, RATE)}
+    rows, figures = [], {"model_hash": weights, "share of white patches": float(white.float().mean())}
+    for rate, chosen in ids.items():
+        counts = torch.bincount(chosen, minlength=len(codebook)).float()
+        plain = torch.cat([vq.latents(part) for part in test.split(32)]).flatten(0, 2)
+        coded = quantise(plain, codebook, rate, counts).view(len(test), -1)
+        pixels = torch.cat([vq.decode(part).clamp(-1, 1) for part in coded.split(32)])
+        psnr = -10 * ((pixels - test) / 2).square().flatten(1).mean(1).log10()
+        on_white = torch.bincount(chosen[white], minlength=len(codebook)).float()
+        names = ("entropy, nats", "codes on white", "entropy on white", "held-out PSNR, dB")
+        values = (nats(counts), int((on_white > 0).sum()), nats(on_white), float(psnr.mean()))
+        figures[f"rate {rate}"] = dict(zip(names, values, strict=True))
+        rows.append([rate, *(f"{v:.2f}" if isinstance(v, float) else v for v in values)])
+    keep("tokens", figures)
+    print(f"{figures['share of white patches']:.3f} of all patches are white\n\n{table(['rate', *names], rows)}")
+
+
+def nats(counts: torch.Tensor) -> float:
+    """Entropy of a histogram."""
+    return float(torch.distributions.Categorical(counts).entropy())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "curves", "sheets"])
+    parser.add_argument("what", choices=["speed", "curves", "sheets", "tokens"])
     parser.add_argument("--model", default="emoji-128")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="for `tokens`")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--top-k", type=int, help="default: the model's own")
     arguments = parser.parse_args()
-    {"speed": speed, "curves": curves, "sheets": sheets}[arguments.what](arguments)
+    {"speed": speed, "curves": curves, "sheets": sheets, "tokens": tokens}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from arsd import LlamaGenPipeline, VQTokenizer
+from arsd.models.captions import tokenize_captions
 from arsd.training import target
 from arsd.training.common import Muon
 from arsd.training.data import EmojiData
@@ -63,7 +65,7 @@ def test_batches_pair_tokens_captions_and_standardised_latents():
     assert torch.equal(clean, batches.ids[which])
     assert abs(sum(text.startswith("alias") for text in texts) / 2000 - target.ALIAS_SHARE) < 0.04
     assert abs(null.double().mean() - target.NULL_SHARE) < 0.03
-    assert fed.shape == clean.shape and not torch.equal(fed, clean) and mask.shape == (2000, 16)
+    assert fed.shape == clean.shape and not torch.equal(fed, clean) and mask.shape == (2000, 32)
     words, _, latents = batches.draw_pictures(20)
     texts = batches.tokenizer.batch_decode(words, skip_special_tokens=True)
     assert torch.equal(latents, batches.latents[[int(re.sub(r"\D", "", text)) for text in texts]])
@@ -72,13 +74,36 @@ def test_batches_pair_tokens_captions_and_standardised_latents():
     torch.testing.assert_close(batches.latents.square().mean(), torch.tensor(1.0))
 
 
+def test_a_caption_ends_in_a_slot_for_each_row_of_the_picture():
+    tokenizer = build_tokenizer([["red apple"], ["pear"]])
+    rows = [f"<row_{row}>" for row in range(16)]
+    ids, mask = tokenize_captions(tokenizer, ["pear", "red " * 40], target.CONDITION_TOKENS, "cpu")
+    assert tokenizer.convert_ids_to_tokens(ids[0][mask[0] == 1]) == ["pear", "</s>", *rows]
+    assert tokenizer.convert_ids_to_tokens(ids[1])[-17:] == ["</s>", *rows]  # what is cut from a long caption are its words
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "pear"
+
+
+def test_each_row_of_the_picture_is_predicted_from_its_own_slot():
+    model, batches = tiny_model().eval(), some_batches()
+    nn.init.normal_(model.transformer.caption_projection.fc2.weight, std=1.0)
+    words, mask, _ = batches.draw_pictures(4)
+    slots = model.embed(words, mask)[0].detach()
+    model.embed = lambda *_: (slots, mask)  # type: ignore[method-assign]
+    with torch.no_grad():
+        predicted = model.picture(F.rms_norm(slots[:, -16:], slots.shape[-1:])).view(4, 16, 16, target.CODE_DIM)
+        assert float(model.picture_loss(words, mask, predicted.flatten(1))) == 0
+        slots[:, 16 + 3] += torch.randn(slots.shape[-1], generator=rng())
+        moved = model.picture(F.rms_norm(slots[:, -16:], slots.shape[-1:])).view(4, 16, 16, target.CODE_DIM)
+        assert ((moved != predicted).flatten(2).any(-1) == (torch.arange(16) == 3)).all()
+        assert float(model.picture_loss(words, mask, predicted.flatten(1))) > 0
+
+
 def test_captions_learn_to_predict_their_pictures():
     """Of two pictures of one name only the mean can be predicted: half the variance stays, no matter how long."""
     left = {}
     for pictures_per_name in (1, 2):
         torch.manual_seed(0)
-        model, batches = target.EmojiModel(words=40, layers=1, width=64, vocab=64), some_batches(8, pictures_per_name)
-        model.text.eval()  # no dropout
+        model, batches = target.EmojiModel(words=40, layers=1, width=128, vocab=64), some_batches(8, pictures_per_name)
         batches.data.captions = [names[:1] for names in batches.data.captions]
         left[pictures_per_name] = target.teach_captions(model, batches, lr=1e-2, steps=120, size=16)
         assert all(p.grad is None for p in model.parameters())

@@ -141,7 +141,7 @@ def test_an_archive_becomes_pictures_on_white_with_their_names(tmp_path):
 
 
 def test_the_tokenizer_knows_its_words_and_nothing_else():
-    tokenizer = build_tokenizer([["Red apple", "a man's hat"], ["café: 1st place"]])
+    tokenizer = build_tokenizer([["Red apple", "a man's hat"], ["café: 1st place"]], rows=0)
     words, mask = tokenize_captions(tokenizer, ["RED, Cafe!", "red banana apple"], 6, "cpu")
     named = [tokenizer.convert_ids_to_tokens(row) for row in words]
     assert named[0] == ["red", "cafe", "</s>", "<pad>", "<pad>", "<pad>"] and mask[0].tolist() == [1, 1, 1, 0, 0, 0]
@@ -153,7 +153,7 @@ def test_the_tokenizer_knows_its_words_and_nothing_else():
 def test_a_saved_tokenizer_reads_captions_alike(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = build_tokenizer([["Red apple", "naïve dog"]])
+    tokenizer = build_tokenizer([["Red apple", "naïve dog"]], rows=2)
     tokenizer.save_pretrained(tmp_path)
     captions = ["Naive RED dog", "a cat", "apple" * 9, " ".join(["red"] * 40)]
     a, b = (tokenize_captions(t, captions, 8, "cpu") for t in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)))

@@ -67,7 +67,7 @@ def class_pipeline(decoder: DecodingStrategy | None = None) -> LlamaGenPipeline:
 
 def text_pipeline(decoder: DecodingStrategy | None = None) -> LlamaGenPipeline:
     """A text-conditional pipeline that knows the words of ``CAPTIONS``."""
-    tokenizer = build_tokenizer(CAPTIONS)
+    tokenizer = build_tokenizer(CAPTIONS, rows=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = T5Config(

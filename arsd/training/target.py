@@ -1,8 +1,9 @@
 """Stage ``target``: train the text encoder and the autoregressive transformer of emoji-128 jointly on VQ tokens.
 
 What a caption tells about its picture is some 8 nats of 500, too faint a signal for a short training: the model reads
-the tokens drawn so far and leaves the caption aside. Three things make it audible. The caption features must also
-predict the picture itself, linearly, from their mean over the slots; the text encoder learns that alone before the
+the tokens drawn so far and leaves the caption aside. Four things make it audible. Every caption ends in a slot for each
+row of the picture: a name of one word would otherwise be one vector, which cannot tell 256 places what belongs there. The
+row slots must also predict their row, linearly; the text encoder learns that alone before the
 transformer joins. A share of the input tokens is replaced by random ones, nearly all of them in some pictures, so that
 only the caption can tell what comes next (the labels stay clean, so the model also learns to read a noisy context, which
 is what a Jacobi iterate is). And the condition slots have keys, unlike LlamaGen's.
@@ -34,10 +35,11 @@ from arsd.training.common import Muon, Run, learning_rate_factor, log_line
 from arsd.training.data import EmojiData
 from arsd.training.vq import to_tensor
 
-CONDITION_TOKENS = 16
+ROWS = 16
+CONDITION_TOKENS = 16 + ROWS
 CAPTION_DIM = 256
 CODE_DIM = 8
-CAPTION_BATCH = 96  # captions are short, so many of them are cheap
+CAPTION_BATCH = 64  # captions are short, so many of them are cheap
 RATE = 0.02
 NULL_SHARE = 0.1
 ALIAS_SHARE = 0.2
@@ -49,8 +51,11 @@ SHEET_PROMPTS = (
 )  # fmt: skip
 
 
-def build_tokenizer(captions: list[list[str]]) -> PreTrainedTokenizerFast:
-    """Lower-case word-level tokenizer over all words of the captions, ``</s>`` at the end, ``<unk>`` for other words."""
+def build_tokenizer(captions: list[list[str]], rows: int = ROWS) -> PreTrainedTokenizerFast:
+    """Lower-case word-level tokenizer over all words of the captions, ``<unk>`` for other words.
+
+    A caption ends in ``</s>`` and one token for each row of the picture.
+    """
     tokenizer = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\w']+"), "removed")
@@ -59,10 +64,16 @@ def build_tokenizer(captions: list[list[str]]) -> PreTrainedTokenizerFast:
         assert tokenizer.normalizer is not None and tokenizer.pre_tokenizer is not None
         text = tokenizer.normalizer.normalize_str(name)
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
-    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
+    slots = [f"<row_{row}>" for row in range(rows)]
+    vocab = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words), *slots])}
     tokenizer.model = WordLevel(vocab, unk_token="<unk>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tail = ["</s>", *slots]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(["$A", *tail]), special_tokens=[(token, vocab[token]) for token in tail]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=slots
+    )
 
 
 class EmojiModel(nn.Module):
@@ -75,10 +86,10 @@ class EmojiModel(nn.Module):
                 vocab_size=words,
                 d_model=CAPTION_DIM,
                 d_kv=64,
-                d_ff=512,
-                num_layers=3,
+                d_ff=1024,
+                num_layers=4,
                 num_heads=4,
-                dropout_rate=0.1,
+                dropout_rate=0.0,
                 pad_token_id=0,
                 eos_token_id=1,
             )  # fmt: skip
@@ -94,20 +105,19 @@ class EmojiModel(nn.Module):
             condition_tokens=CONDITION_TOKENS,
             caption_dim=CAPTION_DIM,
             condition_keys=True,
-            sampling={"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            sampling={"guidance_scale": 2.0, "temperature": 1.0, "top_k": 128, "top_p": 1.0},
         )
-        self.picture = nn.Linear(width, 256 * CODE_DIM)  # for training only
+        self.picture = nn.Linear(width, 16 * CODE_DIM)  # for training only: a row of latents from its slot
 
     def embed(self, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Condition slots [B, 16, D] and their mask [B, 16] of captions, words and mask [B, 16]."""
+        """Condition slots [B, 32, D] and their mask [B, 32] of captions, words and mask [B, 32]."""
         features, kept = left_align(self.text(input_ids=words, attention_mask=mask).last_hidden_state, mask)
         return self.transformer.embed_captions(features, kept), kept
 
     def picture_loss(self, words: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
-        """Mean squared error of the standardised ``latents`` [B, 2048] predicted from the mean condition slot: 1 - R^2."""
-        condition, kept = self.embed(words, mask)
-        slots = F.rms_norm(condition, condition.shape[-1:]) * kept[..., None]
-        return F.mse_loss(self.picture(slots.sum(1) / kept.sum(1, keepdim=True)), latents)
+        """Mean squared error of the standardised ``latents`` [B, 2048] predicted from the row slots: 1 - R^2."""
+        slots = self.embed(words, mask)[0][:, -ROWS:]
+        return F.mse_loss(self.picture(F.rms_norm(slots, slots.shape[-1:])).flatten(1), latents)
 
     def forward(self, words: Tensor, mask: Tensor, null: Tensor, fed: Tensor, ids: Tensor) -> Tensor:
         """Mean cross-entropy of the clean ``ids`` [B, 256] given the fed ones; rows in ``null`` [B] lose their caption."""
@@ -171,19 +181,19 @@ class Batches:
         self.generator = torch.Generator()
 
     def draw_captions(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [B] and the words and mask [B, 16] of one caption of each."""
+        """Pictures [B] and the words and mask [B, 32] of one caption of each."""
         pick = torch.multinomial(self.weights, size, replacement=True, generator=self.generator)
         alias = torch.rand(size, generator=self.generator) < ALIAS_SHARE
         captions = [self.data.captions[i][-1 if a else 0] for i, a in zip(pick.tolist(), alias.tolist(), strict=True)]
         return pick, *tokenize_captions(self.tokenizer, captions, CONDITION_TOKENS, "cpu")
 
     def draw_pictures(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Words and mask [B, 16] of captions and the latents [B, 2048] of their pictures."""
+        """Words and mask [B, 32] of captions and the latents [B, 2048] of their pictures."""
         pick, words, mask = self.draw_captions(size)
         return words, mask, self.latents[pick]
 
     def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Words and mask [B, 16], rows without caption [B], fed and clean tokens [B, 256]."""
+        """Words and mask [B, 32], rows without caption [B], fed and clean tokens [B, 256]."""
         pick, words, mask = self.draw_captions(size)
         null = torch.rand(size, generator=self.generator) < NULL_SHARE
         clean = self.ids[pick]
@@ -251,7 +261,7 @@ def train_target(
     seed: int = 0,
     sheet_minutes: float = 12,
     init: Path | None = None,
-    caption_steps: int = 400,
+    caption_steps: int = 500,
 ) -> LlamaGenPipeline:
     """Train (or go on training) text encoder and transformer; writes checkpoints, a log, sample sheets and ``out/pipeline``.
 
