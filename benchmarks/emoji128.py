@@ -125,13 +125,13 @@ def tokens(arguments: argparse.Namespace) -> None:
     data = EmojiData.load(arguments.data)
     train, test = (to_tensor(data.subset(held_out).images) for held_out in (False, True))
     latents = torch.cat([vq.latents(part) for part in train.split(32)])
+    plain = torch.cat([vq.latents(part) for part in test.split(32)])
     white = F.avg_pool2d((train > 0.99).all(1, keepdim=True).float(), vq.downsample_factor).flatten() == 1
     ids = {rate: quantise(latents.flatten(0, 2), codebook, rate) for rate in (0.0, RATE)}
     rows, figures = [], {"model_hash": weights, "share of white patches": float(white.float().mean())}
     for rate, chosen in ids.items():
         counts = torch.bincount(chosen, minlength=len(codebook)).float()
-        plain = torch.cat([vq.latents(part) for part in test.split(32)]).flatten(0, 2)
-        coded = quantise(plain, codebook, rate, counts).view(len(test), -1)
+        coded = quantise(plain.flatten(0, 2), codebook, rate, counts).view(plain.shape[:3])
         pixels = torch.cat([vq.decode(part).clamp(-1, 1) for part in coded.split(32)])
         psnr = -10 * ((pixels - test) / 2).square().flatten(1).mean(1).log10()
         on_white = torch.bincount(chosen[white], minlength=len(codebook)).float()

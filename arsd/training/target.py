@@ -144,7 +144,7 @@ def quantise(latents: Tensor, codebook: Tensor, rate: float, counts: Tensor | No
 
     Entropy-constrained vector quantisation (Chou, Lookabaugh and Gray 1989) with a fixed codebook. Many codes look alike,
     and which of them the nearest is depends on the rest of the picture, through the group norms of the encoder: plain
-    white takes 288 of them, at 5 nats per token. What a picture is can be read off such noise, and a model that
+    white takes 330 of them, at 5 nats per token. What a picture is can be read off such noise, and a model that
     learns to do so needs no caption.
 
     Args:
