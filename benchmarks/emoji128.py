@@ -3,10 +3,11 @@
     python benchmarks/emoji128.py speed          # bars: passes, seconds, share outside passes (64 prompts, batch 1)
     python benchmarks/emoji128.py curves         # tokens per pass by window, coupling, guidance and temperature
     python benchmarks/emoji128.py sheets         # contact sheets, entropy, diversity
+    python benchmarks/emoji128.py recall         # which training picture is the nearest one to a generated picture
     python benchmarks/emoji128.py tokens         # what entropy-constrained quantisation gives and costs
 
-Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/. `tokens` needs the
-pictures: `arsd train data`.
+Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/. `recall` and `tokens`
+need the pictures: `arsd train data`.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ def keep(name: str, report: dict[str, Any]) -> None:
 def speed(arguments: argparse.Namespace) -> None:
     """Plain AR (one-token passes) against SJD, interleaved, batch 1."""
     pipe, weights = load(arguments.model, resolve_dtype(arguments.dtype))
-    decoders = ["ar", *(f"sjd:window={w}" for w in (8, 12, 16, 24, 32))]
-    decoders += [f"sjd:window={w},coupling=independent" for w in (8, 12, 16, 24)]
+    decoders = ["ar", *(f"sjd:window={w}" for w in (8, 12, 16, 24, 32, 48, 64))]
+    decoders += [f"sjd:window={w},coupling=independent" for w in (8, 12, 16, 24, 32, 48, 64)]
     strategies = [arsd.parse_strategy(text) for text in decoders]
-    report = run_bench(pipe, strategies, prompts("bench64")[: arguments.prompts], top_k=arguments.top_k)
+    report = run_bench(
+        pipe, strategies, prompts("bench64")[: arguments.prompts], check=arguments.check, top_k=arguments.top_k
+    )
     report = {"machine": machine(), "model_hash": weights, **report}
     keep("speed", report)
     print(f"{machine()}, {report['dtype']}, batch 1, {report['prompts']} prompts, guidance {report['guidance_scale']}\n")
@@ -118,6 +121,31 @@ def sheets(arguments: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
+def recall(arguments: argparse.Namespace) -> None:
+    """Whether the picture of a training prompt is nearest to its own original, among all training pictures, at 32 x 32."""
+    pipe, weights = load(arguments.model, torch.float32)
+    data = EmojiData.load(arguments.data).subset(False)
+    names, chosen = [captions[0] for captions in data.captions], prompts("training48")
+    originals = F.avg_pool2d(to_tensor(data.images), 4).flatten(1)
+    own = torch.tensor([names.index(prompt) for prompt in chosen])
+    rows, figures = [], {"model_hash": weights, "pictures": len(names)}
+    for scale in (1.0, 1.25, 1.5, 2.0, 3.0, 5.0):
+        generator = torch.Generator().manual_seed(1)
+        out = pipe(chosen, guidance_scale=scale, generator=generator, log_probs=True, output_type="pt", progress=False)
+        drawn = F.avg_pool2d(out.images.float() * 2 - 1, 4).flatten(1)
+        distances = torch.cdist(drawn, originals)
+        rank = (distances < distances.gather(1, own[:, None])).sum(1)
+        psnr = -10 * ((drawn - originals[own]) / 2).square().mean(1).log10()
+        among = [float((rank < n).float().mean()) for n in (1, 5, 50)]
+        values = (*among, float(psnr.mean()), mean_entropy(out.entropies), out.stats.tokens_per_pass)
+        figures[f"guidance {scale}"] = [round(v, 3) for v in values]
+        rows.append([scale, *(f"{share:.0%}" for share in among), *(f"{v:.2f}" for v in values[3:])])
+    keep("recall", figures)
+    head = ["guidance", "nearest", "among 5", "among 50", "PSNR at 32 x 32, dB", "bits per token", "tokens per pass"]
+    print(f"{len(chosen)} prompts, {len(names)} pictures\n\n{table(head, rows)}")
+
+
+@torch.no_grad()
 def tokens(arguments: argparse.Namespace) -> None:
     """Nearest codes against the entropy-constrained ones that the model is trained on, pictures of the data set."""
     pipe, weights = load(arguments.model, torch.float32)
@@ -150,14 +178,16 @@ def nats(counts: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "curves", "sheets", "tokens"])
+    commands = {"speed": speed, "curves": curves, "sheets": sheets, "recall": recall, "tokens": tokens}
+    parser.add_argument("what", choices=list(commands))
     parser.add_argument("--model", default="emoji-128")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="for `tokens`")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="for `recall` and `tokens`")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--check", action="store_true", help="for `speed`: also compare the tokens with plain AR's")
     parser.add_argument("--top-k", type=int, help="default: the model's own")
     arguments = parser.parse_args()
-    {"speed": speed, "curves": curves, "sheets": sheets, "tokens": tokens}[arguments.what](arguments)
+    commands[arguments.what](arguments)
 
 
 if __name__ == "__main__":

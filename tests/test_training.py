@@ -363,7 +363,7 @@ def test_target_training_resumes_and_writes_a_pipeline(small_data, tmp_path, mon
     assert second["average"]["updates"] == second["step"] and len(second["optimizers"]) == 2
     losses = [line["held_out_loss"] for line in log(out) if "held_out_loss" in line]
     assert len(losses) == 2 and all(0 < loss < 6 for loss in losses)
-    assert sum({"probe_right", "probe_null", "probe_other"} <= set(line) for line in log(out)) == 2
+    assert sum({"probe_right", "probe_null", "probe_other", "probe_strange"} <= set(line) for line in log(out)) == 2
     assert len(list((out / "sheets").glob("*.png"))) == 2 and Image.open(next((out / "sheets").glob("*.png"))).width > 128
     pipe = LlamaGenPipeline.from_pretrained(out / "pipeline")
     pipe.set_progress_bar_config(disable=True)

@@ -4,9 +4,9 @@ What a caption tells about its picture is some 8 nats of 500, too faint a signal
 the tokens drawn so far and leaves the caption aside. Four things make it audible. Every caption ends in a slot for each
 row of the picture: a name of one word would otherwise be one vector, which cannot tell 256 places what belongs there. The
 row slots must also predict their row, linearly; the text encoder learns that alone before the
-transformer joins. A share of the input tokens is replaced by random ones, nearly all of them in some pictures, so that
-only the caption can tell what comes next (the labels stay clean, so the model also learns to read a noisy context, which
-is what a Jacobi iterate is). And the condition slots have keys, unlike LlamaGen's.
+transformer joins. The input is spoilt while the labels stay clean: many pictures begin as another one, so that the
+model learns to believe its caption rather than what has been drawn, and some tokens are random, as in a Jacobi iterate.
+And the condition slots have keys, unlike LlamaGen's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CAPTION_BATCH = 64  # captions are short, so many of them are cheap
 RATE = 0.02
 NULL_SHARE = 0.1
 ALIAS_SHARE = 0.2
-HEAVY_SHARE = 0.3  # of the pictures lose 30-100 % of the input tokens, the others 0-20 %
+SPOILT_SHARE = 0.8  # of the pictures with a caption: up to all of their input tokens are replaced
 PROBE = 48  # training pictures whose loss with and without caption is logged
 SHEET_PROMPTS = (
     "red apple", "dog face", "sunflower", "police car", "smiling face with sunglasses", "pizza", "rocket", "blue heart",
@@ -105,7 +105,7 @@ class EmojiModel(nn.Module):
             condition_tokens=CONDITION_TOKENS,
             caption_dim=CAPTION_DIM,
             condition_keys=True,
-            sampling={"guidance_scale": 2.0, "temperature": 1.0, "top_k": 128, "top_p": 1.0},
+            sampling={"guidance_scale": 1.5, "temperature": 1.0, "top_k": 128, "top_p": 1.0},
         )
         self.picture = nn.Linear(width, 16 * CODE_DIM)  # for training only: a row of latents from its slot
 
@@ -197,17 +197,26 @@ class Batches:
         pick, words, mask = self.draw_captions(size)
         null = torch.rand(size, generator=self.generator) < NULL_SHARE
         clean = self.ids[pick]
-        return words, mask, null, corrupted(clean, self.vocab, self.generator), clean
+        return words, mask, null, corrupted(clean, null, self.vocab, self.generator), clean
 
 
-def corrupted(ids: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
-    """``ids`` [B, T] with random codes for a share of each row: 30-100 % in 30 % of the rows, 0-20 % in the others."""
+def corrupted(ids: Tensor, null: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+    """What a model is fed in place of ``ids`` [B, T]: some tokens replaced, at the same positions.
+
+    80 % of the rows are spoilt by a share between none and all of their tokens: half of these start as the picture of the
+    row before and change over to their own, a quarter is mixed with it token by token, a quarter with random codes. The
+    other rows, and all in ``null`` [B], whose caption could not tell the pictures apart, lose 0-20 % to random codes.
+    """
     size = (len(ids), 1)
+    spoilt = (torch.rand(size, generator=generator) < SPOILT_SHARE) & ~null[:, None]
+    kind = torch.rand(size, generator=generator)
     share = torch.rand(size, generator=generator)
-    heavy = torch.rand(size, generator=generator) < HEAVY_SHARE
-    share = torch.where(heavy, 0.3 + 0.7 * share, 0.2 * share)
+    share = torch.where(spoilt, share, 0.2 * share)
+    order = torch.rand(ids.shape, generator=generator)
+    order = torch.where(spoilt & (kind < 0.5), torch.linspace(0, 1, ids.shape[1] + 1)[:-1], order)
     noise = torch.randint(vocab, ids.shape, generator=generator)
-    return torch.where(torch.rand(ids.shape, generator=generator) < share, noise, ids)
+    other = torch.where(spoilt & (kind < 0.75), ids.roll(1, 0), noise)
+    return torch.where(order < share, other, ids)
 
 
 def _optimizers(model: EmojiModel, lr: float) -> list[torch.optim.Optimizer]:
@@ -349,12 +358,13 @@ def caption_losses(pipe: LlamaGenPipeline, captions: list[str], ids: Tensor) -> 
     features, mask = pipe.encode_prompt(captions)
     own = pipe.transformer.embed_captions(features, mask)
     cases = {
-        "right": (own, mask),
-        "null": (pipe.transformer.embed_null_caption(len(ids)), mask),
-        "other": (own.roll(1, 0), mask.roll(1, 0)),
+        "right": (own, ids, mask),
+        "null": (pipe.transformer.embed_null_caption(len(ids)), ids, mask),
+        "other": (own.roll(1, 0), ids, mask.roll(1, 0)),
+        "strange": (own, ids.roll(1, 0), mask),
     }
     losses = {}
-    for name, (condition, keep) in cases.items():
-        logits = pipe.transformer(condition, ids, keep)
+    for name, case in cases.items():
+        logits = pipe.transformer(*case)
         losses[name] = float(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
     return losses
