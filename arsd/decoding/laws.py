@@ -171,7 +171,7 @@ class Laws:
         elif config.temperature != 1:
             scores = scores / config.temperature
         if 0 < config.top_k < scores.shape[-1]:
-            smallest = scores.topk(config.top_k, dim=-1).values[..., -1:]
+            smallest = scores.topk(config.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
             scores = scores.masked_fill(scores < smallest, -torch.inf)
         if config.top_p < 1:
             scores = _top_p(scores, config.top_p)

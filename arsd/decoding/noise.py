@@ -36,13 +36,13 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    return z ^ _shift(z, 31)
+    z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX_1)
+    z = _shift(z, 27).bitwise_xor_(z).mul_(_MIX_2)
+    return _shift(z, 31).bitwise_xor_(z)
 
 
 def _absorb(key: Tensor, value: Tensor | int) -> Tensor:

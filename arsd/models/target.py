@@ -91,7 +91,7 @@ class DecoderTarget:
 
     def rollback(self, lengths: Tensor) -> None:
         """See :class:`arsd.decoding.types.Target`: entries for all committed tokens but the last."""
-        self.cache.rollback((lengths + (self.prefix - 1)).repeat(self.streams))
+        self.cache.rollback((lengths + (self.prefix - 1)).expand(self.streams, -1).flatten())
 
     def _run(self, embeds: Tensor) -> Tensor:
         positions, mask = self.cache.begin(embeds.shape[1])
