@@ -81,18 +81,26 @@ def curves(arguments: argparse.Namespace) -> None:
     pipe, weights = load(arguments.model, resolve_dtype(arguments.dtype))
     chosen, rows = prompts("bench64")[: arguments.prompts], []
 
-    def measure(decoder: str, **sampling: Any) -> float:
+    def run(decoder: str, **sampling: Any) -> Any:
         generators = [torch.Generator().manual_seed(i) for i in range(len(chosen))]
-        out = pipe(chosen, decoder=decoder, generator=generators, output_type="latent", progress=False, **sampling)
-        return float(out.stats.tokens_per_pass)
+        return pipe(chosen, decoder=decoder, generator=generators, output_type="latent", progress=False, **sampling)
+
+    def measure(decoder: str, **sampling: Any) -> float:
+        return float(run(decoder, **sampling).stats.tokens_per_pass)
 
     windows = (4, 8, 16, 32, 64)
     for coupling in COUPLINGS:
         rows.append([coupling, *(f"{measure(f'sjd:window={w},coupling={coupling}'):.2f}" for w in windows)])
     print(table(["coupling \\ window", *map(str, windows)], rows))
-    scales = [(s, t) for s in (1.0, 1.5, 2.0, 3.0, 5.0) for t in (1.0, 0.8)]
-    more = [[s, t, f"{measure('sjd:window=16', guidance_scale=s, temperature=t):.2f}"] for s, t in scales]
-    print("\n" + table(["guidance", "temperature", "tokens/pass, window 16"], more))
+    more = []
+    for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
+        for temperature in (0.8, 1.0, 1.2, 1.5):
+            sampling = {"guidance_scale": scale, "temperature": temperature}
+            coupled = run("sjd:window=32", log_probs=True, **sampling)
+            ours, theirs = coupled.stats.tokens_per_pass, measure("sjd:window=32,coupling=independent", **sampling)
+            figures = (mean_entropy(coupled.entropies), ours, theirs, ours / theirs)
+            more.append([scale, temperature, *(f"{v:.2f}" for v in figures)])
+    print("\n" + table(["guidance", "temperature", "bits per token", "gumbel", "independent", "ratio"], more))
     inits = [[init, f"{measure(f'sjd:window=16,init={init}'):.2f}"] for init in ("uniform", "random", "left", "above")]
     print("\n" + table(["init", "tokens/pass, window 16"], inits))
     keep("curves", {"model_hash": weights, "windows": windows, "couplings": rows, "sampling": more, "inits": inits})

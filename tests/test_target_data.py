@@ -47,9 +47,14 @@ def test_corruption_is_light_or_another_picture_or_noise_and_leaves_the_labels_a
     assert not (from_other | (fed == ids))[share > 0.9].all()  # and some are noise nearly throughout
 
 
-def test_corruption_of_a_single_row_has_no_other_picture():
-    ids = torch.randint(1024, (1, 256), generator=rng())
-    assert corrupted(ids, torch.tensor([False]), 1024, rng(2)).shape == (1, 256)
+def test_corruption_of_a_single_row_has_no_other_picture_and_can_only_add_noise():
+    ids, shares = torch.randint(1024, (1, 256), generator=rng()), []
+    for seed in range(200):
+        fed = corrupted(ids, torch.tensor([False]), 1024, rng(seed))
+        shares.append(float((fed != ids).double().mean()))
+    untouched = sum(share == 0 for share in shares) / len(shares)
+    assert abs(untouched - 0.8 * 0.75) < 0.1  # it would have begun as, or been mixed with, itself
+    assert max(shares) > 0.9
 
 
 def tiny_model() -> target.EmojiModel:
