@@ -6,7 +6,7 @@
     python benchmarks/emoji128.py recall         # which training picture is the nearest one to a generated picture
     python benchmarks/emoji128.py tokens         # what entropy-constrained quantisation gives and costs
 
-Each prints Markdown and writes what it measured, with the hash of the weights, to benchmarks/results/. `recall` and `tokens`
+Each prints a table and writes what it measured, with the hash of the weights, to benchmarks/results/. `recall` and `tokens`
 need the pictures: `arsd train data`.
 """
 
@@ -98,9 +98,11 @@ def curves(arguments: argparse.Namespace) -> None:
             sampling = {"guidance_scale": scale, "temperature": temperature}
             coupled = run("sjd:window=32", log_probs=True, **sampling)
             ours, theirs = coupled.stats.tokens_per_pass, measure("sjd:window=32,coupling=independent", **sampling)
-            figures = (mean_entropy(coupled.entropies), ours, theirs, ours / theirs)
+            same = float(coupled.log_probs.exp().mean())  # the tokens are draws from p, so this is the mean of sum p^2
+            figures = (mean_entropy(coupled.entropies), same, ours, theirs, ours / theirs)
             more.append([scale, temperature, *(f"{v:.2f}" for v in figures)])
-    print("\n" + table(["guidance", "temperature", "bits per token", "gumbel", "independent", "ratio"], more))
+    head = ["guidance", "temperature", "bits per token", "two draws agree", "gumbel", "independent", "ratio"]
+    print("\n" + table(head, more))
     inits = [[init, f"{measure(f'sjd:window=16,init={init}'):.2f}"] for init in ("uniform", "random", "left", "above")]
     print("\n" + table(["init", "tokens/pass, window 16"], inits))
     keep("curves", {"model_hash": weights, "windows": windows, "couplings": rows, "sampling": more, "inits": inits})

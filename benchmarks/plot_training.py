@@ -42,7 +42,7 @@ def main() -> None:
     for key, label in (("probe_null", "null caption"), ("probe_other", "another picture's caption")):
         right.plot(steps, [256 * (a - b) for a, b in zip(curve(target, key)[1], own, strict=True)], ".-", label=label)
     right.axvline(TOKENS_CHANGED, color="grey", linewidth=0.8, linestyle=":")
-    right.set(title="what the caption tells", xlabel="step", ylabel="nats per picture, against its own caption")
+    right.set(title="what the caption tells", xlabel="step", ylabel="nats per picture", yscale="log")
     right.legend()
     figure.savefig(DOCS / "images" / "training.png", dpi=110)
 

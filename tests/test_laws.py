@@ -82,6 +82,13 @@ def test_top_k_keeps_the_k_most_likely_and_their_proportions(top_k: int):
     torch.testing.assert_close(law.probs, kept / kept.sum(-1, keepdim=True))
 
 
+def test_top_k_of_many_tokens_is_that_of_a_full_sort():
+    logits = torch.randn(1, 1, 7, 1024, generator=torch.Generator().manual_seed(3))
+    law = Laws(LawConfig(top_k=128), Grammar(7, 1024))(logits, torch.arange(7)[None])
+    rank = logits[0].argsort(dim=-1, descending=True).argsort(dim=-1)
+    assert torch.equal(support(law), rank < 128)
+
+
 def test_top_k_keeps_all_tokens_that_tie_with_the_kth():
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, -1.0], dtype=torch.float64)[None, None, None]
     assert support(law_of(logits, top_k=2))[0, 0].tolist() == [True] * 4 + [False] * 6
