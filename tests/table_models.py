@@ -22,7 +22,7 @@ class TableTarget:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.num_tokens, self.batch, self.streams = vocab, num_tokens, batch, streams
-        self.device, self.dtype = torch.device("cpu"), torch.float64
+        self.device, self.dtype, self.unread = torch.device("cpu"), torch.float64, 0
         self.tables = [
             sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)
             for n in range(num_tokens)
@@ -33,7 +33,7 @@ class TableTarget:
         self.context = torch.zeros(batch, num_tokens + 130, dtype=torch.int64)  # what a KV cache would remember
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
-    def prefill(self, pass_tokens: int) -> int:
+    def prefill(self, starts: list[int], pass_tokens: int) -> int:
         return 0
 
     def rollback(self, lengths: Tensor) -> None:

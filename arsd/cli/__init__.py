@@ -1,4 +1,4 @@
-"""The command line: ``arsd generate | bench | demo | models | train``."""
+"""The command line: ``arsd generate | verify | bench | profile | demo | models | train``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module adds its own."""
     import arsd
-    from arsd.cli import bench, demo, generate, models, train
+    from arsd.cli import bench, demo, generate, models, profile, train, verify
 
     parser = _Parser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
     parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, bench, demo, models, train):
+    for module in (generate, verify, bench, profile, demo, models, train):
         module.add_parser(commands)
     return parser
 

@@ -2,6 +2,7 @@
 
 from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.loop import DecodeResult, decode
+from arsd.decoding.mixed import build_parts
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
@@ -27,6 +28,7 @@ __all__ = [
     "Setting",
     "Step",
     "Verdict",
+    "build_parts",
     "decode",
     "parse_strategy",
 ]
