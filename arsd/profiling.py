@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from arsd.bench import as_inputs
 from arsd.decoding import SJD, Autoregressive, DecodingStrategy
 from arsd.devices import device_kind
 from arsd.errors import InputError
@@ -64,11 +65,6 @@ def make_profile(
     return Profile(name, pipe.model_hash, kind, dtype, total, costs, passes, made_with)
 
 
-def as_inputs(pipe: Any, inputs: Sequence[Any]) -> dict[str, Any]:
-    """Prompts or class labels as arguments of a pipeline call."""
-    return {"class_labels" if isinstance(inputs[0], int) else "prompt": list(inputs)}
-
-
 def round_seconds(pipe: Any, inputs: Sequence[Any], batch: int, window: int, rounds: int = ROUNDS) -> float:
     """Seconds of one round, everything included but the prefill; the decoding is broken off after ``rounds``."""
     strategy: DecodingStrategy = Autoregressive() if window == 1 else SJD(window=window)
@@ -80,7 +76,7 @@ def round_seconds(pipe: Any, inputs: Sequence[Any], batch: int, window: int, rou
     chosen = [inputs[i % len(inputs)] for i in range(batch)]
     options = {"decoder": strategy, "output_type": "latent", "progress": False, "callback_on_step_end": stop}
     generator = torch.Generator().manual_seed(0)
-    stats = pipe(**as_inputs(pipe, chosen), generator=generator, callback_on_step_end_tensor_inputs=(), **options).stats
+    stats = pipe(**as_inputs(chosen), generator=generator, callback_on_step_end_tensor_inputs=(), **options).stats
     return float(stats.total_seconds - stats.seconds["prefill"]) / int(stats.forward_passes)
 
 
@@ -88,4 +84,4 @@ def passes_of(pipe: Any, inputs: Sequence[Any], window: int, batch: int = 4) -> 
     """Passes that each picture takes with a window (they hardly depend on the batch)."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(inputs))]
     options = {"decoder": SJD(window=window), "output_type": "latent", "progress": False, "batch_size": batch}
-    return list(pipe(**as_inputs(pipe, inputs), generator=generators, **options).stats.row_passes)
+    return list(pipe(**as_inputs(inputs), generator=generators, **options).stats.row_passes)

@@ -1,8 +1,8 @@
 """Is a picture the plain AR sample of its seed? Recomputed from its record: prompt features, every arg-max, the pixels.
 
 What this proves: that the named model, with this prompt, seed and sampling options, gives these tokens and these pixels.
-What it is not: a signature. Anybody can make pictures and records, seeds can be searched for one that suits, and of a picture
-whose record was removed nothing can be said.
+What it is not: a signature. Anybody can make pictures and records, seeds can be searched for one that suits, and of a
+picture whose record was removed nothing can be said.
 """
 
 from __future__ import annotations
