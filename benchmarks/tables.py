@@ -5,9 +5,9 @@
     python benchmarks/tables.py windows      # (c) strategies against plain AR, by window and batch
     python benchmarks/tables.py throughput   # (d) pictures per minute by batch, freed rows refilled or not
 
-(e) and (f), rivals outside of this engine: benchmarks/rivals.py. Options: --model emoji-128, a pipeline folder, or small, 775m
-and 7b (random weights, which say nothing about tokens per pass); --device, --dtype, --batches, --repeats. Each prints its table
-and writes benchmarks/results/<table>.<model>.<device>.<dtype>.json.
+(e) and (f), rivals outside of this engine: benchmarks/rivals.py. Options: --model emoji-128, a pipeline folder, or small,
+775m and 7b (random weights, which say nothing about tokens per pass); --device, --dtype, --batches, --repeats. Each prints
+its table and writes benchmarks/results/<table>.<model>.<device>.<dtype>.json.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ from arsd.profile import Profile, find_profile, known_profiles, read_profile
 from arsd.profiling import make_profile
 
 KIND = "cpu AVX2 4 threads"
-COSTS = {1: {1: 1.0, 4: 1.2, 8: 1.5, 16: 3.0}, 4: {1: 2.0, 4: 3.0, 8: 6.0, 16: 12.0}, 16: {1: 4.0, 4: 30.0, 8: 60.0, 16: 99.0}}
+COSTS = {
+    1: {1: 1.0, 4: 1.2, 8: 1.5, 16: 3.0},
+    4: {1: 2.0, 4: 3.0, 8: 6.0, 16: 12.0},
+    16: {1: 4.0, 4: 30.0, 8: 60.0, 16: 99.0},
+}
 PASSES = {4: [40, 44, 36, 40], 8: [25, 30, 20, 25], 16: [15, 30, 12, 15]}
 PROFILE = Profile("m", "a" * 64, KIND, "float32", 100, COSTS, PASSES, {})
 

@@ -1,4 +1,4 @@
-"""Ragged batches: prompts, seeds, lengths and strategies mix in one batch, freed rows take waiting pictures, order is kept."""
+"""Ragged batches: prompts, seeds, lengths and strategies mix, freed rows take waiting pictures, order is kept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_freed_rows_are_refilled_while_the_others_go_on(pipe):
     out = pipe(PROMPTS, generator=generators(), decoder="sjd:window=6", batch_size=2, output_type="latent", trace=True)
     held = [turn.pictures for turn in out.trace]
     assert held[0] == [0, 1] and {p for row in held for p in row} == set(range(len(PROMPTS)))
-    changes = [sum(a != b for a, b in zip(before, after, strict=True)) for before, after in zip(held, held[1:], strict=False)]
+    changes = [
+        sum(a != b for a, b in zip(before, after, strict=True)) for before, after in zip(held, held[1:], strict=False)
+    ]
     assert max(changes) == 1 and sum(changes) == len(PROMPTS) - 2, "one row changes hands, the other goes on"
     alone_each = sum(out.stats.row_passes)
     assert out.stats.forward_passes < alone_each, "passes are shared"

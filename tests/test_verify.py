@@ -180,7 +180,12 @@ def test_another_arithmetic_is_given_a_margin_and_no_more(pipe, out, tmp_path):
 def test_near_ties_beyond_what_was_measured_refute(pipe, out, tmp_path, monkeypatch):
     monkeypatch.setitem(MARGINS, "float32", 1e9)  # every token counts as a near-tie
     tokens = (out.tokens[0] + 1) % VOCAB
-    record = {**pipe.record(out, 0), "tokens": pack_tokens(tokens), "tokens_sha256": tokens_sha256(tokens), "probe": "0" * 16}
+    record = {
+        **pipe.record(out, 0),
+        "tokens": pack_tokens(tokens),
+        "tokens_sha256": tokens_sha256(tokens),
+        "probe": "0" * 16,
+    }
     image = to_output(pipe.decode_pixels(tokens[None]), "pil")[0]
     result = pipe.verify(write(tmp_path / "many.png", image, record))
     assert result.result == "refuted" and result.near_ties > ALLOWED["float32"] and result.mismatches == 0
