@@ -1,6 +1,7 @@
-"""Lets tests import their helpers (table_models, choice_tape) by name under --import-mode=importlib."""
+"""Lets tests import their helpers (table_models, choice_tape) and the benchmarks by name under --import-mode=importlib."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
