@@ -1,4 +1,4 @@
-"""Lets tests import their helpers (table_models, choice_tape) by name under --import-mode=importlib."""
+"""Lets tests import their helpers (tiny_pipeline, reference_llamagen) by name under --import-mode=importlib."""
 
 import sys
 from pathlib import Path
