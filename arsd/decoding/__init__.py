@@ -3,6 +3,8 @@
 from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.loop import DecodeResult, decode
 from arsd.decoding.noise import CounterNoise, Purpose
+from arsd.decoding.registry import register_drafter, register_rule
+from arsd.decoding.speculative import Speculative
 from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
@@ -25,8 +27,11 @@ __all__ = [
     "Parts",
     "Purpose",
     "Setting",
+    "Speculative",
     "Step",
     "Verdict",
     "decode",
     "parse_strategy",
+    "register_drafter",
+    "register_rule",
 ]

@@ -23,7 +23,7 @@ from arsd.errors import StrategyError
 
 @dataclass
 class Setting:
-    """What a strategy may need to know of a call."""
+    """What a strategy may need to know of a call; ``window`` and ``rule`` are what it tells its drafter."""
 
     batch: int
     num_tokens: int
@@ -31,6 +31,8 @@ class Setting:
     grammar: Grammar
     noise: Noise
     device: torch.device
+    window: int = 1
+    rule: Rule | None = None
 
 
 class DecodingStrategy(SchedulerMixin, ConfigMixin):
