@@ -20,13 +20,18 @@ _LAZY = {
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
     "SJD": "arsd.decoding.strategies",
+    "Speculative": "arsd.decoding.speculative",
     "VQTokenizer": "arsd.tokenizers.vq",
     "parse_strategy": "arsd.decoding.strategies",
+    "register_drafter": "arsd.decoding.registry",
+    "register_rule": "arsd.decoding.registry",
     "shipped_models": "arsd.pipelines.auto",
 }
 __all__ = sorted(_LAZY)
 
 if TYPE_CHECKING:
+    from arsd.decoding.registry import register_drafter, register_rule
+    from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
     from arsd.errors import ArsdError
     from arsd.models.llamagen import LlamaGenTransformer

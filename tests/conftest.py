@@ -1,4 +1,4 @@
-"""Lets tests import their helpers (table_models, choice_tape) and the benchmarks by name under --import-mode=importlib."""
+"""Lets tests import their helpers (tiny_pipeline, ...) and the benchmarks by name under --import-mode=importlib."""
 
 import sys
 from pathlib import Path

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from table_models import HashTarget, TableTarget, run
 
 from arsd.decoding import SJD, Autoregressive, CounterNoise, Grammar, LawConfig, Laws, Outcome
 from arsd.decoding.rules import NEAR_TIE
 from arsd.errors import ArsdError, NonFiniteLogitsError
+from arsd.exactness.tables import HashTarget, TableTarget, run
 
 VOCAB, LENGTH, BATCH = 9, 30, 3
 COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from choice_tape import push_forward
-from table_models import Build, World, chi_square_z, law_z, pairs_z, sample, total_variation
 
 from arsd.decoding import SJD, Autoregressive, CounterNoise, Law, LawConfig, Laws, Parts, Setting, Step, Verdict
 from arsd.decoding.drafters import Jacobi, redraft_by_rule, redraft_independently
 from arsd.decoding.rules import RejectionSampling
 from arsd.decoding.types import FixedWindow
+from arsd.exactness.tables import Build, World, chi_square_z, law_z, pairs_z, sample, total_variation
+from arsd.exactness.tape import push_forward
 
 INITS = ("uniform", "random", "left", "above")
 GUIDED = LawConfig(guidance_scale=2.0, top_k=2)

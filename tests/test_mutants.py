@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from choice_tape import push_forward
-from table_models import Build, HashTarget, World, law_z, pairs_z, run, sample, total_variation
 from torch import Tensor
 
 from arsd.decoding import SJD, Autoregressive, CounterNoise, Draft, LawConfig, Outcome, Parts, Purpose, Setting, Verdict
@@ -20,6 +18,8 @@ from arsd.decoding import rules as rules_module
 from arsd.decoding.drafters import Jacobi
 from arsd.decoding.rules import RejectionSampling
 from arsd.decoding.types import Step
+from arsd.exactness.tables import Build, HashTarget, World, law_z, pairs_z, run, sample, total_variation
+from arsd.exactness.tape import push_forward
 
 COUNT = 100_000
 WORLD = World(3, 4, 1, LawConfig(guidance_scale=1.5, temperature=1.2))

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from scipy import stats
-from table_models import HashTarget, run
 
 from arsd.decoding import SJD, CounterNoise, Purpose
 from arsd.decoding.noise import uniform_from_bits
+from arsd.exactness.tables import HashTarget, run
 
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table_models import HashTarget, run
 
 from arsd.decoding import SJD, Autoregressive, Grammar, LawConfig
+from arsd.exactness.tables import HashTarget, run
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.target import DecoderTarget
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from table_models import HashTarget, run
 
 from arsd.decoding import SJD, STRATEGIES, Autoregressive, DecodingStrategy, parse_strategy
 from arsd.errors import ArsdError, StrategyError
+from arsd.exactness.tables import HashTarget, run
 
 EXAMPLES = {
     "ar": Autoregressive(),

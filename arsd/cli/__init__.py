@@ -1,4 +1,4 @@
-"""The command line: ``arsd generate | verify | bench | profile | demo | models | train``."""
+"""The command line: ``arsd generate | verify | bench | profile | check-rule | demo | models | train``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from arsd.errors import ArsdError
+from arsd.plugins import import_plugin
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,12 +22,12 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module adds its own."""
     import arsd
-    from arsd.cli import bench, demo, generate, models, profile, train, verify
+    from arsd.cli import bench, check_rule, demo, generate, models, profile, train, verify
 
     parser = _Parser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
     parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, verify, bench, profile, demo, models, train):
+    for module in (generate, verify, bench, profile, check_rule, demo, models, train):
         module.add_parser(commands)
     return parser
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit status 2."""
     arguments = build_parser().parse_args(argv)
     try:
+        for plugin in getattr(arguments, "plugins", ()):  # they register what the command's options may name
+            import_plugin(plugin)
         return int(arguments.run(arguments) or 0)
     except ArsdError as error:
         print(f"arsd: {error}", file=sys.stderr)

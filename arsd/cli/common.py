@@ -19,13 +19,26 @@ DEFAULT_MODEL = "emoji-128"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device, --threads."""
+    """--model, --dtype, --device, --threads, --import."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="shipped name, pipeline folder or hub id (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float64")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    add_import_option(parser)
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """--import, which :func:`arsd.cli.main` obeys before the command runs."""
+    parser.add_argument(
+        "--import",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module or FILE.py that registers drafters or rules (repeatable)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

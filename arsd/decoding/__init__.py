@@ -4,6 +4,8 @@ from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.loop import DecodeResult, decode
 from arsd.decoding.mixed import build_parts
 from arsd.decoding.noise import CounterNoise, Purpose
+from arsd.decoding.registry import register_drafter, register_rule
+from arsd.decoding.speculative import Speculative
 from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
@@ -26,9 +28,12 @@ __all__ = [
     "Parts",
     "Purpose",
     "Setting",
+    "Speculative",
     "Step",
     "Verdict",
     "build_parts",
     "decode",
     "parse_strategy",
+    "register_drafter",
+    "register_rule",
 ]

@@ -42,6 +42,8 @@ class RejectionSampling:
             coupling of successive iterates: arXiv 2510.24211).
     """
 
+    needs_law = True
+
     def __init__(self, every_slot: bool = False) -> None:
         self.every_slot = every_slot
 

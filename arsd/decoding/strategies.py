@@ -29,7 +29,11 @@ FALLBACK_WINDOW = 16  # for window="auto" where nothing was measured
 
 @dataclass
 class Setting:
-    """What a strategy may need to know of a call; ``profile`` is what was measured of the model on this kind of device."""
+    """What a strategy may need to know of a call.
+
+    ``profile`` is what was measured of the model on this kind of device; ``window`` and ``rule`` are what a strategy tells
+    the drafter that it builds.
+    """
 
     batch: int
     num_tokens: int
@@ -38,6 +42,8 @@ class Setting:
     noise: Noise
     device: torch.device
     profile: Profile | None = None
+    window: int = 1
+    rule: Rule | None = None
 
 
 class DecodingStrategy(SchedulerMixin, ConfigMixin):

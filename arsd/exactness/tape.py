@@ -8,12 +8,19 @@ of the paths that end in a sequence add up to the probability with which the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from table_models import Build, World
 from torch import Tensor
+
+from arsd.exactness.tables import Build, World
 
 NEVER = 1e-14  # an option below it is rounding, not a choice (a pruned one shows in the mass)
 CHUNK = 60_000
+
+
+class NotEnumerable(Exception):
+    """A sampler whose random choices cannot all be taken: use the chi-square of samples instead."""
 
 
 class ChoiceTape:
@@ -56,22 +63,39 @@ class ChoiceTape:
         return chosen[row].scatter(1, column[:, None], option[:, None].to(torch.int8)), column + 1
 
     def bernoulli(self, probability: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
-        p = probability.nan_to_num(0.0)
+        """A branch with two options per active slot [B, W]."""
+        p = probability.nan_to_num(0.0).clamp(0, 1)  # as a uniform below 1.5 is, and below NaN is not
         return self._choose(torch.stack([1 - p, p], dim=-1), active).bool()
 
     def categorical(self, weights: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+        """A branch per active slot [B, W] with an option for every id of positive weight."""
         return self._choose(weights, active)
 
     def integers(self, counts: Tensor, purpose: int, positions: Tensor) -> Tensor:
+        """A branch per slot [B, W] with ``counts`` equal options."""
         weights = (torch.arange(int(counts.max())) < counts[..., None]).double()
         return self._choose(weights, torch.ones_like(counts, dtype=torch.bool))
 
+    def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
+        """The first thing that is done for Gumbel noise; raises :class:`NotEnumerable`."""
+        raise NotEnumerable("Gumbel noise has infinitely many outcomes")
+
     def token_gumbel(self, positions: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-        raise AssertionError("Gumbel noise has infinitely many outcomes: use chi_square_z")
+        """Raises :class:`NotEnumerable`."""
+        raise NotEnumerable("Gumbel noise has infinitely many outcomes")
 
 
-def push_forward(world: World, build: Build) -> tuple[Tensor, int]:
-    """The exact law [V ** N] of the sampler made of the parts of ``build``, and the number of paths."""
+def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[Tensor, int]:
+    """The exact law [V ** N] of the sampler made of the parts of ``build``, and the number of paths.
+
+    Args:
+        world: the task.
+        build: makes the parts of the loop.
+        limit: give up after this many paths.
+
+    Raises:
+        NotEnumerable: when the parts use Gumbel noise, or there are more paths than ``limit``.
+    """
     law, paths = torch.zeros(world.vocab**world.num_tokens, dtype=torch.float64), 0
     waiting = [(torch.zeros(1, 0, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))]
     while waiting:
@@ -83,6 +107,8 @@ def push_forward(world: World, build: Build) -> tuple[Tensor, int]:
         tokens = world.decode(len(depth), build, tape).tokens
         law.index_add_(0, world.number(tokens), tape.weight)
         paths += len(depth)
+        if limit is not None and paths > limit:
+            raise NotEnumerable(f"more than {limit:,} paths")
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)

@@ -1,4 +1,7 @@
-"""Enumerable AR table models, and the statistics that hold the production sampler against their exact laws."""
+"""Enumerable AR table models, and the statistics that hold the production sampler against their exact laws.
+
+Everything is float64 on the CPU: these models prove a method, they draw nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,16 @@ Build = Callable[[Setting], Parts]
 
 
 class TableTarget:
-    """A target whose float64 logits are a table over the whole prefix: another law for every prefix of every stream."""
+    """A target whose float64 logits are a table over the whole prefix: another law for every prefix of every stream.
+
+    Args:
+        vocab: ids, V.
+        num_tokens: tokens of a sequence, N; the tables hold V ** N rows in all.
+        batch: rows, B.
+        streams: 2 for guidance (conditional, unconditional), else 1.
+        seed: of the random tables.
+        sharpness: standard deviation of the logits.
+    """
 
     def __init__(
         self, vocab: int, num_tokens: int, batch: int, streams: int = 1, seed: int = 0, sharpness: float = 1.5
@@ -34,9 +46,11 @@ class TableTarget:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
     def prefill(self, starts: list[int], pass_tokens: int) -> int:
+        """Nothing to read: 0 passes."""
         return 0
 
     def rollback(self, lengths: Tensor) -> None:
+        """Note the committed lengths [B], which the next pass must start from."""
         self.lengths = lengths.clone()
 
     def remember(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
@@ -47,6 +61,7 @@ class TableTarget:
         return slots
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+        """Logits [S, B, T, V] of one pass; see :class:`arsd.decoding.types.Target`."""
         slots = self.remember(tokens, lengths, starts)
         index = torch.zeros(self.batch, self.num_tokens + 1, dtype=torch.int64)  # row of tables[n] that a prefix selects
         for n in range(1, self.num_tokens):
@@ -56,7 +71,10 @@ class TableTarget:
 
 
 class HashTarget(TableTarget):
-    """Like a table model, for sequences too long to enumerate: logits are a hash of the position and the last few tokens."""
+    """Like a table model, for sequences too long to enumerate: logits are a hash of the position and the last few tokens.
+
+    Args: those of :class:`TableTarget`.
+    """
 
     ROWS = 997
 
@@ -70,6 +88,7 @@ class HashTarget(TableTarget):
         self.context = torch.zeros(batch, num_tokens + 200, dtype=torch.int64)
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+        """Logits [S, B, T, V] of one pass; see :class:`arsd.decoding.types.Target`."""
         slots = self.remember(tokens, lengths, starts)
         key = torch.zeros_like(slots)
         for back, factor in enumerate((7, 31)):  # depends weakly on far tokens, as pictures do
@@ -91,7 +110,20 @@ def run(
     parts: Build | None = None,
     **request: Any,
 ) -> DecodeResult:
-    """Decode a target with a strategy (or with ``parts``), as a pipeline does."""
+    """Decode a target with a strategy (or with ``parts``), as a pipeline does.
+
+    Args:
+        target: the model, with ``batch`` rows.
+        strategy: a :class:`arsd.decoding.DecodingStrategy`; not needed with ``parts``.
+        config: sampling options; plain sampling when not given.
+        grammar: forced and allowed ids; its ``num_tokens`` are decoded.
+        seeds: one per row, 0 when not given.
+        images: index of each row's picture; 0, 1, ... when not given.
+        noise: stands in for the production noise, e.g. a choice tape.
+        row_length: tokens per line of the picture.
+        parts: makes the parts of the loop, instead of ``strategy``.
+        request: more of :class:`arsd.decoding.DecodeRequest`.
+    """
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
     noise = noise or CounterNoise(seeds or [0] * target.batch, images or list(range(target.batch)))
@@ -102,22 +134,35 @@ def run(
 
 @dataclass(frozen=True)
 class World:
-    """An enumerable task: a table model, sampling options and a grammar. Sequences are numbered in base ``vocab``."""
+    """An enumerable task: a table model, sampling options and a grammar. Sequences are numbered in base ``vocab``.
+
+    Args:
+        vocab: ids, V.
+        num_tokens: tokens of a sequence, N.
+        seed: of the table model.
+        config: sampling options; a guidance scale other than 1 gives the model a second stream.
+        forced: ``{position: token}``.
+        forbidden: one id per position that may not stand there, ``{position: token}``.
+        row_length: tokens per line, for drafters that look up.
+        sharpness: standard deviation of the logits.
+    """
 
     vocab: int
     num_tokens: int
     seed: int = 0
     config: LawConfig = field(default_factory=LawConfig)
     forced: dict[int, int] = field(default_factory=dict)
-    forbidden: dict[int, int] = field(default_factory=dict)  # one id per position that may not stand there
+    forbidden: dict[int, int] = field(default_factory=dict)
     row_length: int = 2
     sharpness: float = 1.5
 
     def target(self, batch: int) -> TableTarget:
+        """The model with ``batch`` rows."""
         streams = 2 if self.config.guidance_scale != 1 else 1
         return TableTarget(self.vocab, self.num_tokens, batch, streams, self.seed, self.sharpness)
 
     def grammar(self) -> Grammar:
+        """What each position may hold."""
         if not self.forbidden:
             return Grammar(self.num_tokens, self.vocab, self.forced)
         allowed = torch.ones(self.num_tokens, self.vocab, dtype=torch.bool)
@@ -142,11 +187,13 @@ class World:
         return number
 
     def decode(self, batch: int, build: Build, noise: Any, **request: Any) -> DecodeResult:
-        options = {"config": self.config, "grammar": self.grammar(), "row_length": self.row_length}
-        return run(self.target(batch), parts=build, noise=noise, **options, **request)
+        """Run the production loop with the parts of ``build`` on ``batch`` rows."""
+        request = {"config": self.config, "grammar": self.grammar(), "row_length": self.row_length, **request}
+        return run(self.target(batch), parts=build, noise=noise, **request)
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
+    """Half of the summed absolute differences of two laws: 0 for equal ones, at most 1."""
     return float((p - q).abs().sum() / 2)
 
 
