@@ -1,12 +1,14 @@
 """A preallocated key/value cache with a length per row, behind transformers' cache interface.
 
 Nothing is ever concatenated or moved: a pass scatters its new entries, rolling back assigns lengths, and stale entries are
-masked until they are overwritten. Attention always runs over the full buffers under a 4-D mask, so the shape of a pass does
-not depend on how far a row has come.
+masked until they are overwritten. Attention runs over the buffers under a 4-D mask, so that the bits of a pass do not depend
+on how far a row has come: over the full buffers, or, where :func:`harmless_step` has found that it makes no difference in
+any bit, over as many slots as the farthest row needs.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,15 +32,16 @@ class RowCacheLayer(CacheLayerMixin):
         """Nothing: the buffers exist from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new entries [B, H, T, d] and return the full buffers."""
+        """Write the new entries [B, H, T, d] and return the buffers as far as this pass attends."""
         flat, width = self._owner.slots, self.keys.shape[-1]
         self.keys.view(-1, width).index_copy_(0, flat, key_states.reshape(-1, width))
         self.values.view(-1, width).index_copy_(0, flat, value_states.reshape(-1, width))
-        return self.keys, self.values
+        attended = self._owner.attended
+        return self.keys[:, :, :attended], self.values[:, :, :attended]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(S, 0): attention covers the whole buffer."""
-        return self.keys.shape[2], 0
+        """(attended slots, 0)."""
+        return self._owner.attended, 0
 
     def get_seq_length(self) -> int:
         """0: positions and mask are always given explicitly, never derived from here."""
@@ -87,33 +90,37 @@ class RowCache(Cache):
         super().__init__(layers=layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)
+        self.attended = size
         self._size, self._hidden = size, hidden
         lowest = torch.finfo(dtype).min
         self._causal = torch.full((size, size), lowest, dtype=dtype, device=device).triu_(1)
         self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
         self._mask = torch.empty(0, dtype=dtype, device=device)
 
-    def begin(self, num_tokens: int, idle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def begin(self, num_tokens: int, idle: Tensor | None = None, attended: int | None = None) -> tuple[Tensor, Tensor]:
         """Aim the next pass at the slots behind each row's length.
 
         Args:
             num_tokens: T, tokens of the pass.
             idle: [B], True in rows that only keep the pass in shape: they write to the one slot behind their length.
+            attended: slots that attention covers, all that any row needs among them; ``None``: the full buffers.
 
         Returns:
-            positions [B, T] (absolute slots) and the additive mask [B, 1, T, S], a buffer that the next pass reuses.
+            positions [B, T] (absolute slots) and the additive mask [B, 1, T, attended], a buffer that the next pass reuses.
         """
+        self.attended = self._size if attended is None else min(attended, self._size)
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         if idle is not None:
             positions = torch.where(idle[:, None], self.lengths[:, None], positions)
         self.slots = (self._row_base + positions[:, None]).flatten()
         batch = len(self.lengths)
-        if self._mask.shape[:1] != (batch * num_tokens,):
-            self._mask = torch.empty(batch * num_tokens, self._size, dtype=self._causal.dtype, device=positions.device)
-        torch.index_select(self._causal, 0, positions.flatten(), out=self._mask)
-        mask = self._mask.view(batch, 1, num_tokens, self._size)
+        shape = (batch * num_tokens, self.attended)
+        if self._mask.shape != shape:
+            self._mask = torch.empty(shape, dtype=self._causal.dtype, device=positions.device)
+        torch.index_select(self._causal[:, : self.attended], 0, positions.flatten(), out=self._mask)
+        mask = self._mask.view(batch, 1, num_tokens, self.attended)
         if self._hidden is not None:
-            mask.masked_fill_(self._hidden[:, None, None], torch.finfo(mask.dtype).min)
+            mask.masked_fill_(self._hidden[:, None, None, : self.attended], torch.finfo(mask.dtype).min)
             mask.scatter_(-1, positions[:, None, :, None], 0.0)  # a padded slot sees itself, or its row would be empty
         return positions, mask
 
@@ -129,3 +136,47 @@ class RowCache(Cache):
     def rollback(self, lengths: Tensor) -> None:
         """Keep ``lengths`` [B] entries per row; what lies behind is overwritten by the next passes."""
         self.lengths = lengths
+
+
+STEP = 64  # attended slots come in multiples of it
+
+
+@lru_cache(maxsize=64)
+def harmless_step(
+    rows: int, heads: int, kv_heads: int, num_tokens: int, size: int, head_dim: int, dtype: torch.dtype, device: str
+) -> int | None:
+    """In which steps attention may leave out slots behind the farthest row without changing a bit; ``None``: in none.
+
+    Attention is the only operation of a pass whose shape depends on the length of the cache. It is tried here on random
+    entries, in the very shape of the pass, for every length in steps of :data:`STEP`. CPU only: GPUs were not measured.
+
+    Args:
+        rows: rows B of the model's batch.
+        heads: query heads.
+        kv_heads: key/value heads.
+        num_tokens: T.
+        size: S.
+        head_dim: d.
+        dtype: of queries, keys and values.
+        device: as text.
+    """
+    if not device.startswith("cpu") or size <= STEP:
+        return None
+    generator = torch.Generator(device).manual_seed(0)
+    query, keys, values = (
+        torch.randn(rows, h, n, head_dim, generator=generator, device=device).to(dtype)
+        for h, n in ((heads, num_tokens), (kv_heads, size), (kv_heads, size))
+    )
+    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
+    slots = torch.arange(size, device=device)
+    for attended in range(STEP, size, STEP):
+        last = torch.arange(attended - num_tokens, attended, device=device).clamp_min(0)
+        mask = torch.zeros(rows, 1, num_tokens, size, dtype=dtype, device=device)
+        mask.masked_fill_(slots > last[:, None], torch.finfo(dtype).min)
+        short, full = (
+            torch.nn.functional.scaled_dot_product_attention(query, keys[:, :, :n], values[:, :, :n], mask[..., :n])
+            for n in (attended, size)
+        )
+        if not torch.equal(short, full):
+            return None
+    return STEP

@@ -1,7 +1,7 @@
 """Do bits depend on where in a pass a token is computed? And how far apart are different pass shapes?
 
     python benchmarks/pass_shapes.py bits       # same input at every place and row: the same bits or not, by shape
-    python benchmarks/pass_shapes.py length     # attention over the full cache under a mask, against slicing: cost and bits
+    python benchmarks/pass_shapes.py length     # attention over the full cache, or the part in use: cost and bits
     python benchmarks/pass_shapes.py replay     # teacher forcing in other shapes: how many arg-maxes change places
 
 Options as in benchmarks/tables.py; --dtypes, --attention. `replay` sets the limits of `arsd verify` for another arithmetic.
@@ -13,8 +13,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from models import load
 from tables import inputs_of, sync
 
 import arsd
-from arsd.cache import RowCacheLayer
 from arsd.cli.common import table
 from arsd.decoding import CounterNoise, DecodeRequest, Laws, decode
 from arsd.decoding.replay import Replay
@@ -70,32 +67,12 @@ def bits(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
     return kept
 
 
-@contextmanager
-def sliced(target: Any) -> Iterator[None]:
-    """Let attention see only the part of the cache that is in use, as most engines do."""
-    update, begin = RowCacheLayer.update, target.cache.begin
-    used = 0
-
-    def short_begin(num_tokens: int, idle: Any = None) -> Any:
-        nonlocal used
-        positions, mask = begin(num_tokens, idle)
-        used = int(positions.max()) + 1
-        return positions, mask[..., :used]
-
-    def short_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        keys, values = update(self, *args, **kwargs)
-        return keys[:, :, :used], values[:, :, :used]
-
-    RowCacheLayer.update, target.cache.begin = short_update, short_begin
-    try:
-        yield
-    finally:
-        RowCacheLayer.update, target.cache.begin = update, begin
+STEPS = {"full": None, "64": 64, "exact": 1}  # attended slots: all, in steps of 64, or no more than are needed
 
 
 @torch.no_grad()
 def length(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds of a pass at three fill levels, and whether a slot's bits change with its place in the pass."""
+    """Milliseconds of a pass at three fill levels, and how far the logits are from those over the full cache."""
     kept = []
     for dtype in arguments.dtypes:
         pipe = load(arguments.model, device, DTYPES[dtype])
@@ -104,36 +81,41 @@ def length(arguments: argparse.Namespace, device: torch.device) -> list[dict[str
         for batch in arguments.batches:
             for width in arguments.widths:
                 target = same_rows(pipe, batch, width)
-                full, short = pass_times(target, batch, width, total, arguments.repeats)
-                with sliced(target):
-                    spread = study_shape(target, tokens, width, [total // 4, total // 2 + 3, total - 2]).everywhere
-                times = {"full, ms": 1e3 * full, "sliced, ms": 1e3 * short, "full / sliced": full / short}
-                kept.append({"dtype": dtype, "batch": batch, "pass_tokens": width, **times, "bits, sliced": spread})
+                chosen = {None: "full", 64: "64"}[target._step]
+                seconds, laws, spread = pass_times(target, batch, width, total, arguments.repeats), {}, {}
+                for name, step in STEPS.items():
+                    target._step = step
+                    report = study_shape(target, tokens, width, [total // 4, total // 2 + 3, total - 2])
+                    laws[name], spread[name] = report.reference, report.everywhere
+                row = {"dtype": dtype, "batch": batch, "pass_tokens": width, "full, ms": 1e3 * seconds["full"]}
+                for name in ("64", "exact"):
+                    row[f"{name}, of full"] = seconds[name] / seconds["full"]
+                    row[f"{name}, from full"] = float((laws[name] - laws["full"]).abs().amax())
+                    row[f"{name}, by place"] = spread[name]
+                kept.append({**row, "used": chosen})
     show = [[f"{v:.3g}" if isinstance(v, float) and v else v for v in row.values()] for row in kept]
     print(table(list(kept[0]), show))
     return kept
 
 
-def pass_times(target: Any, batch: int, width: int, total: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of a pass, over the full cache and sliced, in turns."""
-    readings: dict[bool, list[float]] = {False: [], True: []}
+def pass_times(target: Any, batch: int, width: int, total: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a pass for every way of :data:`STEPS`, in turns."""
+    readings: dict[str, list[float]] = {name: [] for name in STEPS}
     tokens = torch.zeros(batch, width, dtype=torch.int64, device=target.device)
-    for _ in range(repeats + 1):
+    for repeat in range(repeats + 1):
         for start in (total // 8, total // 2, total - width):
             starts = [start] * batch
             lengths = torch.tensor(starts, device=target.device)
             target.rollback(lengths)
-            for short in readings:
+            for name, step in STEPS.items():
+                target._step = step
                 sync(target.device)
                 begin = time.perf_counter()
-                if short:
-                    with sliced(target):
-                        target.forward(tokens, lengths, starts)
-                else:
-                    target.forward(tokens, lengths, starts)
+                target.forward(tokens, lengths, starts)
                 sync(target.device)
-                readings[short].append(time.perf_counter() - begin)
-    return statistics.median(readings[False][3:]), statistics.median(readings[True][3:])
+                if repeat:
+                    readings[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in readings.items()}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from arsd.cache import RowCache
+from arsd.cache import STEP, RowCache, harmless_step
 
 LAYERS, HEADS, KV_HEADS, WIDTH, SIZE = 2, 4, 2, 32, 40
 ATTENTION = ["eager", "sdpa"]
@@ -156,7 +156,7 @@ def test_hidden_slots_are_as_good_as_absent(attention: str):
         close(results[0][b, 1:], recomputed(model, text[b, count:], count)[start : start + 5], attention)
 
 
-def test_no_hidden_slot_costs_no_second_mask():
+def test_hidden_slots_that_are_none_change_nothing():
     cache = cache_of(2, torch.zeros(2, SIZE, dtype=torch.bool))
     positions, mask = cache.begin(3)
     assert mask.shape == (2, 1, 3, SIZE) and positions.tolist() == [[0, 1, 2]] * 2
@@ -171,3 +171,40 @@ def test_finite_junk_behind_a_row_does_not_reach_it():
         layer.keys[:, :, 4:] = 1e30
         layer.values[:, :, 4:] = -1e30
     close(feed(model, cache, text[:, 4:9])[0], recomputed(model, text[0, :9])[4:])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_slots_behind_the_farthest_row_may_be_left_out(hidden: bool):
+    """The attended part of the buffers gives the same as all of them, ragged rows and padding included."""
+    mask = torch.zeros(2, SIZE, dtype=torch.bool)
+    mask[1, :3] = hidden
+    text, results = tokens_of(2, 20), []
+    for attended in (None, 26, 14):
+        model, cache = model_of("sdpa"), cache_of(2, mask)
+        feed(model, cache, text[:, :12])
+        cache.rollback(torch.tensor([10, 6]))
+        positions, bias = cache.begin(4, attended=attended)
+        assert bias.shape[-1] == cache.attended == (attended or SIZE)
+        with torch.no_grad():
+            fed = text.gather(1, positions)
+            out = model(input_ids=fed, attention_mask=bias, position_ids=positions, past_key_values=cache, use_cache=True)
+        results.append(out.last_hidden_state)
+    close(results[1], results[0])
+    close(results[2], results[0])
+
+
+def test_the_step_is_taken_only_where_no_bit_changes(monkeypatch: pytest.MonkeyPatch):
+    shape = (2, 4, 2, 3, 200, 8, torch.float64, "cpu")
+    assert harmless_step(*shape[:4], STEP, *shape[5:]) is None, "nothing to leave out"
+    assert harmless_step(*shape[:-1], "cuda:0") is None, "not measured there"
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def rounds_by_length(query, keys, values, mask):
+        return real(query, keys, values, mask) * (1 + 1e-15 * keys.shape[2])
+
+    harmless_step.cache_clear()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounds_by_length)
+    assert harmless_step(*shape) is None
+    harmless_step.cache_clear()
+    monkeypatch.undo()
+    assert harmless_step(*shape) in (STEP, None)

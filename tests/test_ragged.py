@@ -69,9 +69,9 @@ def test_every_pass_has_one_shape_however_the_rows_stand(pipe, monkeypatch):
 
     shapes, original = set(), DecoderTarget._run
 
-    def spy(self, embeds, idle=None):
+    def spy(self, embeds, idle=None, attended=None):
         shapes.add((embeds.reshape(-1, *embeds.shape[2:]).shape[:2], self.cache.get_max_length()))
-        return original(self, embeds, idle)
+        return original(self, embeds, idle, attended)
 
     monkeypatch.setattr(DecoderTarget, "_run", spy)
     pipe(PROMPTS, generator=generators(), decoder="sjd:window=6", batch_size=3, output_type="latent")

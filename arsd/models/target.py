@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from arsd.cache import RowCache
+from arsd.cache import RowCache, harmless_step
 from arsd.errors import InputError
 
 
@@ -50,6 +50,7 @@ class DecoderTarget:
         self.pictures = torch.arange(self.batch, device=self.device)  # the picture of each row
         self._slots = torch.arange(max(max_pass_tokens, self.prefix), device=self.device)
         self.cache = self._make_cache(self.prefix + num_tokens + max_pass_tokens)
+        self._step = self._harmless_step(max_pass_tokens)
         self.vocab = int(getattr(head, "out_features", decoder.config.vocab_size))
 
     def _make_cache(self, size: int) -> RowCache:
@@ -80,7 +81,7 @@ class DecoderTarget:
         embeds = self.embed(tokens).to(self.dtype).expand(self.streams, -1, -1, -1)
         if min(starts) <= 0:
             embeds = self._with_condition(embeds, lengths)
-        logits = self.head(self._run(embeds))
+        logits = self.head(self._run(embeds, attended=self._attended(starts, tokens.shape[1])))
         return logits.view(self.streams, self.batch, *logits.shape[1:])
 
     def rollback(self, lengths: Tensor) -> None:
@@ -96,6 +97,21 @@ class DecoderTarget:
             hidden[:, : self.prefix] = self.padding[:, pictures].flatten(0, 1)
             self.cache.hide(index, hidden)
 
+    def _harmless_step(self, pass_tokens: int) -> int | None:
+        config, cache = self.decoder.config, self.cache
+        if config._attn_implementation != "sdpa":
+            return None
+        keys = cast(Any, cache.layers[0]).keys
+        rows, kv_heads, size, head_dim = keys.shape
+        shape = (rows, config.num_attention_heads, kv_heads, pass_tokens, size, head_dim)
+        return harmless_step(*shape, self.dtype, str(self.device))
+
+    def _attended(self, starts: list[int], width: int) -> int | None:
+        """Slots that attention must cover: as far as the farthest row goes, in steps that make no difference."""
+        if self._step is None:
+            return None
+        return -(-(self.unread + max(starts) + width) // self._step) * self._step
+
     def _shape(self, width: int) -> tuple[int, int, int, int]:
         return self.streams, self.batch, width, self.condition.shape[-1]
 
@@ -105,9 +121,9 @@ class DecoderTarget:
         given = self.condition[:, self.pictures[:, None], slots.clamp_max(self.prefix - 1)]
         return torch.where((slots < self.prefix)[..., None], given, embeds)
 
-    def _run(self, embeds: Tensor, idle: Tensor | None = None) -> Tensor:
+    def _run(self, embeds: Tensor, idle: Tensor | None = None, attended: int | None = None) -> Tensor:
         embeds = embeds.reshape(-1, *embeds.shape[2:])
-        positions, mask = self.cache.begin(embeds.shape[1], idle)
+        positions, mask = self.cache.begin(embeds.shape[1], idle, attended)
         out = self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
