@@ -1,7 +1,11 @@
-"""Does the machine's accelerator keep the promises? Seed-exact equality per dtype, near-ties, cost of a pass by its length.
+"""Does an accelerator keep the promises, and what does a pass cost there? Unattended, about 8 minutes on a CUDA machine.
 
-Run: python benchmarks/gpu_check.py [--device cuda] [--full]
-Random weights: the small model has emoji-128's size, ``--full`` adds one of 7B size (LlamaGen "7B" layout, 24 x 24 tokens).
+Run: python benchmarks/gpu_check.py [--device cuda] [--minutes 8] [--models 775m 7b]
+
+Random weights, nothing to download. First the exactness (TF32 off): seed-exact decoding against plain AR at one pass shape
+in every dtype, and the bits of every place and row. Then, for the published sizes: pass costs against the memory's limit, a
+round by part, transformers' generate, and the released SJD. A step that no longer fits into the time is named and left
+out. The exit status is 1 when float64 is not exact, and 2 without a device.
 """
 
 from __future__ import annotations
@@ -9,86 +13,99 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
+import pass_shapes
+import promises
+import rivals
+import tables
 import torch
-from models import LARGE, SMALL, make_model
+from models import load
 
-import arsd
-from arsd.cli.common import table
-from arsd.decoding import CounterNoise, DecodeRequest, Grammar, LawConfig, Laws, Setting, decode
-from arsd.models.target import DecoderTarget
+from arsd.devices import device_kind
 
-
-def tokens_of(model: arsd.LlamaGenTransformer, decoder: str, batch: int, tokens: int, guidance: float = 2.0) -> tuple:
-    device = next(model.parameters()).device
-    strategy = arsd.parse_strategy(decoder)
-    grammar = Grammar(tokens, model.config["vocab_size"], device=device)
-    noise = CounterNoise([7] * batch, list(range(batch)), device)
-    parts = strategy.build(Setting(batch, tokens, model.config["grid"], grammar, noise, device))
-    labels = torch.arange(batch, device=device) % 10
-    null = torch.full_like(labels, 10)
-    with torch.no_grad():
-        condition = torch.stack([model.embed_classes(labels), model.embed_classes(null)])
-    lm = model.lm
-    target = DecoderTarget(lm.model, lm.lm_head, lm.model.embed_tokens, condition, tokens, parts.pass_tokens)
-    result = decode(target, parts, Laws(LawConfig(guidance), grammar), noise, DecodeRequest(tokens), batch)
-    return result.tokens.cpu(), result.stats
+DTYPES = ["float64", "float32", "bfloat16"]
 
 
-def check_exactness(device: str) -> bool:
-    rows, ok = [], True
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        model = make_model(SMALL, device, dtype)
-        for width in (8, 16):
-            plain, stats = tokens_of(model, f"ar:pass_tokens={width}", 4, 256)
-            for window in (width // 2, width):
-                fast, figures = tokens_of(model, f"sjd:window={window},pass_tokens={width}", 4, 256)
-                same = int((plain == fast).all(1).sum())
-                ok &= same == 4 or dtype != torch.float64
-                rate = f"{figures.tokens_per_pass:.2f}"
-                rows.append([str(dtype)[6:], width, window, f"{same} of 4", sum(stats.near_ties), rate])
-    print(table(["dtype", "pass_tokens", "window", "pictures equal to ar@W", "near-ties", "tokens/pass"], rows))
-    return ok
+def options(**values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**values)
 
 
-def pass_costs(size: dict[str, int], device: str, dtype: torch.dtype, batch: int) -> None:
-    model = make_model(size, device, dtype)
-    bytes_read = sum(p.numel() * p.element_size() for p in model.lm.model.layers.parameters())
-    rows, base = [], 0.0
-    for width in (1, 4, 8, 16, 32, 64):
-        steps = 24
-        tokens_of(model, f"ar:pass_tokens={width}", batch, 4)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        _, stats = tokens_of(model, f"ar:pass_tokens={width}", batch, steps)
-        total = (time.perf_counter() - start) / steps
-        cost = stats.seconds["forward"] / steps
-        base = base or cost
-        speed = f"{bytes_read / cost / 1e9:.0f}"
-        rows.append([width, f"{1e3 * cost:.2f}", f"{cost / base:.2f}", f"{1 - cost / total:.1%}", speed])
-    size_g = sum(p.numel() for p in model.parameters()) / 1e9
-    print(f"\n{size_g:.2f} G parameters, {str(dtype)[6:]}, batch {batch} with guidance")
-    print(table(["tokens in the pass", "ms", "against 1", "outside the pass", "weights GB/s"], rows))
+def check_exactness(device: torch.device, pictures: int) -> bool:
+    """Batch 1 and ragged batch 8, several pass shapes: whether all float64 pictures equal plain AR's."""
+    wanted = options(model="small", dtypes=DTYPES, widths=[8, 32], pictures=pictures)
+    rows = promises.exact(wanted, device)
+    return all(row["equal"] == row["pictures"] for row in rows if row["dtype"] == "float64")
+
+
+def check_bits(device: torch.device) -> None:
+    shapes = {"batches": [1, 2, 8], "widths": [1, 8, 16, 32, 64]}
+    pass_shapes.bits(options(model="small", dtypes=DTYPES, attention=["sdpa", "eager"], **shapes), device)
+
+
+def speed_steps(model: str, device: torch.device, tokens: int) -> list[tuple[str, Callable[[], Any]]]:
+    """The tables of one size, the most wanted first."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    common = {"repeats": 3, "rounds": 12, "decoders": None}
+    rival = {"model": model, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "tokens": str(tokens)}
+    words = [word for key, value in rival.items() for word in (f"--{key}", value)] + ["--quiet", "9"]
+
+    def costs() -> None:
+        tables.costs(load(model, device, dtype), options(batches=[1, 4, 8], **common))
+
+    def rounds() -> None:
+        tables.rounds(load(model, device, dtype), options(batches=[1, 4], **common))
+
+    return [
+        (f"{model}: pass costs", costs),
+        (f"{model}: one round by part", rounds),
+        (
+            f"{model}: transformers generate",
+            lambda: rivals.main(["generate", "--batch", "1", "8", "--repeats", "4", *words]),
+        ),
+        (f"{model}: SJD as released", lambda: rivals.main(["released", "--repeats", "4", *words])),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--full", action="store_true", help="also a model of 7B size in bfloat16")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--models", nargs="+", default=["7b", "775m"], help="sizes to time (small, 775m, 7b)")
+    parser.add_argument("--pictures", type=int, default=32, help="for the exactness")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per picture against rivals")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print("no CUDA device here; --device cpu runs the same checks on the CPU", file=sys.stderr)
+        print("no CUDA device here; --device cpu --models small runs the same checks on the CPU", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
-    print(f"{name}, torch {torch.__version__}\n")
-    ok = check_exactness(arguments.device)
-    small = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
-    pass_costs(SMALL, arguments.device, small, 1)
-    if arguments.full:
-        for batch in (1, 4):
-            pass_costs(LARGE, arguments.device, torch.bfloat16, batch)
-    return 0 if ok else 1
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device, start = torch.device(arguments.device), time.monotonic()
+    print(f"{device_kind(device)}, torch {torch.__version__}, TF32 off", flush=True)
+    exact = True
+
+    def exactness() -> None:
+        nonlocal exact
+        exact = check_exactness(device, arguments.pictures)
+
+    steps: list[tuple[str, Callable[[], Any]]] = [("exactness", exactness), ("bits of a pass", lambda: check_bits(device))]
+    for model in arguments.models:
+        steps += speed_steps(model, device, arguments.tokens)
+    for name, step in steps:
+        if time.monotonic() - start > 60 * arguments.minutes:
+            print(f"\n== {name}: left out, {arguments.minutes:g} minutes are over")
+            continue
+        print(f"\n== {name}", flush=True)
+        begin = time.monotonic()
+        try:
+            step()
+        except torch.OutOfMemoryError as error:
+            print(f"does not fit into the memory: {str(error).splitlines()[0]}")
+        print(f"({time.monotonic() - begin:.0f} s)", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print("\nexact in float64" if exact else "\nNOT exact in float64")
+    return 0 if exact else 1
 
 
 if __name__ == "__main__":
