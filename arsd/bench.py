@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from arsd.decoding import Autoregressive, DecodingStrategy
+from arsd.decoding import Autoregressive, DecodeStats, DecodingStrategy
 from arsd.errors import InputError
+
+
+def as_inputs(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Prompts or class labels as arguments of a pipeline call."""
+    return {"class_labels" if isinstance(inputs[0], int) else "prompt": list(inputs)}
 
 
 @dataclass
 class BenchRow:
-    """Figures of one strategy over all prompts and repeats."""
+    """Figures of one strategy over all calls."""
 
     decoder: str
     lossless: bool
+    pictures: int = 0
     tokens: int = 0
     forward_passes: int = 0
     row_passes: int = 0
     pass_tokens: int = 1
     seconds: list[float] = field(default_factory=list)
-    forward_seconds: float = 0.0
-    round_seconds: float = 0.0
-    decode_passes: int = 0
+    part_seconds: dict[str, float] = field(default_factory=dict)
     near_ties: int = 0
     identical: bool | None = None
+    memory: int = 0
+
+    def add(self, stats: DecodeStats) -> None:
+        """Count one call."""
+        self.pictures += len(stats.tokens)
+        self.tokens += sum(stats.tokens)
+        self.forward_passes += stats.forward_passes
+        self.row_passes += sum(stats.row_passes)
+        self.pass_tokens = stats.pass_tokens
+        self.seconds.append(stats.total_seconds)
+        for part, seconds in stats.seconds.items():
+            self.part_seconds[part] = self.part_seconds.get(part, 0.0) + seconds
+        self.near_ties += sum(stats.near_ties)
+        self.memory = max(self.memory, peak_memory())
+
+    @property
+    def pass_seconds(self) -> float:
+        """Mean seconds of a forward pass."""
+        return self.part_seconds.get("forward", 0.0) / max(1, self.forward_passes)
 
     def as_dict(self, reference: BenchRow) -> dict[str, Any]:
         """The row of the JSON report; ``reference`` is plain AR with one-token passes."""
         median, base = statistics.median(self.seconds), statistics.median(reference.seconds)
-        cost = self.forward_seconds / max(1, self.decode_passes)
+        rounds = sum(seconds for part, seconds in self.part_seconds.items() if part != "prefill")
+        each = {part: seconds / max(1, self.forward_passes) for part, seconds in self.part_seconds.items()}
         return {
             "decoder": self.decoder,
             "lossless": self.lossless,
@@ -44,21 +70,47 @@ class BenchRow:
             "tokens_per_pass": self.tokens / max(1, self.row_passes),
             "seconds": self.seconds,
             "seconds_median": median,
+            "seconds_spread": spread(self.seconds),
             "speedup": base / median,
-            "seconds_per_pass": cost,
-            "pass_cost_ratio": cost / (reference.forward_seconds / max(1, reference.decode_passes)),
-            "outside_forward_share": 1 - self.forward_seconds / self.round_seconds if self.round_seconds else 0.0,
+            "speedup_interval": paired_interval(reference.seconds, self.seconds),
+            "pictures_per_minute": 60 * self.pictures / sum(self.seconds),
+            "seconds_per_pass": self.pass_seconds,
+            "pass_cost_ratio": self.pass_seconds / reference.pass_seconds if reference.pass_seconds else 0.0,
+            "outside_forward_share": 1 - self.part_seconds.get("forward", 0.0) / rounds if rounds else 0.0,
+            "round_seconds_by_part": {part: seconds for part, seconds in each.items() if part != "prefill"},
             "identical_to_ar_at_w": self.identical,
             "near_ties": self.near_ties,
             "pass_tokens": self.pass_tokens,
-            "peak_memory": peak_memory(),
+            "peak_memory": self.memory,
         }
 
 
+def spread(values: Sequence[float]) -> list[float]:
+    """The quartiles that half of the values lie between."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def paired_interval(base: Sequence[float], other: Sequence[float]) -> list[float] | None:
+    """95 % interval of the ratio base / other of paired readings (Student's t on log ratios); ``None`` below 4 pairs."""
+    ratios = [math.log(a / b) for a, b in zip(base, other, strict=False) if a > 0 and b > 0]
+    if len(ratios) < 4:
+        return None
+    n, z = len(ratios) - 1, 1.959964
+    t = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)  # Cornish-Fisher: within 1 % from n = 3 on
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    mean, half = statistics.fmean(ratios), t * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return [math.exp(mean - half), math.exp(mean + half)]
+
+
 def peak_memory() -> int:
-    """Peak memory in bytes: of the device when there is one, else of the process."""
+    """Peak memory in bytes: of the device since the last reading when there is one, else of the process so far."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        peak = int(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -66,87 +118,83 @@ def peak_memory() -> int:
 def run_bench(
     pipe: Any,
     strategies: Sequence[DecodingStrategy],
-    prompts: Sequence[str],
+    inputs: Sequence[Any],
     batch: int = 1,
     repeats: int = 1,
     seed: int = 0,
     check: bool = True,
+    queue: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """Time every strategy, and plain AR, on the same prompts and seeds.
+    """Time every strategy, and plain AR, on the same inputs and seeds.
 
-    The strategies take turns prompt by prompt, so that a drift of the machine hits all of them alike. Seconds are those of a
+    The strategies take turns call by call, so that a drift of the machine hits all of them alike. Seconds are those of a
     decode call (prefill and loop; no text encoder, no picture decoder), one figure per call.
 
     Args:
         pipe: an image pipeline.
         strategies: what to compare; plain AR (``ar``) is added in front when it is missing.
-        prompts: prompts; ``batch`` of them form one call.
-        batch: rows per call.
+        inputs: prompts, or class labels; ``batch`` of them form one call.
+        batch: rows per pass.
         repeats: how often the whole set is run.
         seed: seed of the first call; call k uses ``seed + k``.
         check: also run plain AR at each strategy's pass shape (``ar@W``) and compare the tokens.
+        queue: make one call of all inputs, whose freed rows are refilled.
         progress: called with a line about each call.
         sampling: guidance_scale, temperature, top_k, top_p.
 
     Raises:
-        InputError: when there are fewer prompts than rows in a batch.
+        InputError: when there are fewer inputs than rows in a batch.
     """
-    if batch < 1 or len(prompts) < batch or repeats < 1:
-        raise InputError(f"{len(prompts)} prompts cannot fill a batch of {batch}, or repeats ({repeats}) is below 1")
+    if batch < 1 or len(inputs) < batch or repeats < 1:
+        raise InputError(f"{len(inputs)} prompts cannot fill a batch of {batch}, or repeats ({repeats}) is below 1")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed must lie in 0..2^63-1, not {seed}")
     chosen = list(strategies)
     if not any(str(s) == "ar" for s in chosen):
         chosen.insert(0, Autoregressive())
     rows = {str(s): BenchRow(str(s), s.lossless) for s in chosen}
-    calls = [list(prompts[i : i + batch]) for i in range(0, len(prompts) - batch + 1, batch)]
+    whole = len(inputs) if queue else batch
+    calls = [list(inputs[i : i + whole]) for i in range(0, len(inputs) - whole + 1, whole)]
+
+    def run(number: int, strategy: DecodingStrategy, **options: Any) -> Any:
+        given = {**as_inputs(calls[number]), "batch_size": batch, "progress": False, **sampling, **options}
+        return pipe(**given, decoder=strategy, generator=torch.Generator().manual_seed(seed + number), output_type="latent")
+
     for strategy in chosen:  # warm-up: buffers, threads, kernels
-        pipe(calls[0], decoder=strategy, generator=torch.Generator().manual_seed(seed), progress=False, **sampling)
+        run(0, strategy)
     config: Any = None
     for repeat in range(repeats):
-        for number, call in enumerate(calls):
-            references: dict[int, torch.Tensor] = {}
-            for strategy in chosen:
-                generator = torch.Generator().manual_seed(seed + number)
-                result = pipe(call, decoder=strategy, generator=generator, output_type="latent", progress=False, **sampling)
+        for number in range(len(calls)):
+            results = {str(strategy): run(number, strategy) for strategy in chosen}
+            for name, result in results.items():
                 config = result.law_config
-                row = rows[str(strategy)]
-                _add(row, result.stats)
-                if check and repeat == 0 and strategy.seed_exact:
-                    shape = result.stats.pass_tokens
-                    if shape not in references:
-                        generator = torch.Generator().manual_seed(seed + number)
-                        plain = Autoregressive(pass_tokens=shape)
-                        again = pipe(
-                            call, decoder=plain, generator=generator, output_type="latent", progress=False, **sampling
-                        )
-                        references[shape] = again.tokens
-                    same = torch.equal(references[shape], result.tokens)
-                    row.identical = same if row.identical is None else row.identical and same
+                rows[name].add(result.stats)
+            if check and repeat == 0:
+                exact = {str(s): results[str(s)] for s in chosen if s.seed_exact}
+                _check(rows, exact, partial(run, number))
             progress(f"call {number + 1} of {len(calls)}, repeat {repeat + 1} of {repeats}")
-    reference = rows["ar"]
     return {
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "threads": torch.get_num_threads(),
         "batch": batch,
-        "prompts": len(calls) * batch,
+        "queue": queue,
+        "prompts": len(calls) * whole,
         "guidance_scale": config.guidance_scale,
         "temperature": config.temperature,
         "top_k": config.top_k,
-        "rows": [row.as_dict(reference) for row in rows.values()],
+        "rows": [row.as_dict(rows["ar"]) for row in rows.values()],
     }
 
 
-def _add(row: BenchRow, stats: Any) -> None:
-    row.tokens += sum(stats.tokens)
-    row.forward_passes += stats.forward_passes
-    row.row_passes += sum(stats.row_passes)
-    row.pass_tokens = stats.pass_tokens
-    row.seconds.append(stats.total_seconds)
-    row.forward_seconds += stats.seconds["forward"]
-    row.round_seconds += stats.total_seconds - stats.seconds["prefill"]
-    row.decode_passes += stats.forward_passes
-    row.near_ties += sum(stats.near_ties)
+def _check(rows: dict[str, BenchRow], results: dict[str, Any], run: Callable[[DecodingStrategy], Any]) -> None:
+    """Hold the tokens of one call against plain AR's at the same pass shape."""
+    references: dict[int, torch.Tensor] = {}
+    for name, result in results.items():
+        shape = result.stats.pass_tokens
+        if shape not in references:
+            references[shape] = run(Autoregressive(pass_tokens=shape)).tokens
+        same = torch.equal(references[shape], result.tokens)
+        rows[name].identical = same if rows[name].identical is None else rows[name].identical and same

@@ -67,7 +67,7 @@ class RowCache(Cache):
         head_dim: d.
         dtype: of keys, values and mask.
         device: of all tensors.
-        hidden: [B, S] slots that no token may attend to (padded condition), or ``None``.
+        hidden: [B, S] slots that no token may attend to (padded condition), or ``None`` when there never are any.
     """
 
     def __init__(
@@ -87,19 +87,25 @@ class RowCache(Cache):
         super().__init__(layers=layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)
-        self._size, self._hidden = size, hidden if hidden is not None and bool(hidden.any()) else None
+        self._size, self._hidden = size, hidden
         lowest = torch.finfo(dtype).min
         self._causal = torch.full((size, size), lowest, dtype=dtype, device=device).triu_(1)
         self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
         self._mask = torch.empty(0, dtype=dtype, device=device)
 
-    def begin(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def begin(self, num_tokens: int, idle: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Aim the next pass at the slots behind each row's length.
+
+        Args:
+            num_tokens: T, tokens of the pass.
+            idle: [B], True in rows that only keep the pass in shape: they write to the one slot behind their length.
 
         Returns:
             positions [B, T] (absolute slots) and the additive mask [B, 1, T, S], a buffer that the next pass reuses.
         """
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        if idle is not None:
+            positions = torch.where(idle[:, None], self.lengths[:, None], positions)
         self.slots = (self._row_base + positions[:, None]).flatten()
         batch = len(self.lengths)
         if self._mask.shape[:1] != (batch * num_tokens,):
@@ -110,6 +116,15 @@ class RowCache(Cache):
             mask.masked_fill_(self._hidden[:, None, None], torch.finfo(mask.dtype).min)
             mask.scatter_(-1, positions[:, None, :, None], 0.0)  # a padded slot sees itself, or its row would be empty
         return positions, mask
+
+    def get_max_length(self) -> int:  # type: ignore[override]
+        """S."""
+        return self._size
+
+    def hide(self, rows: Tensor, hidden: Tensor) -> None:
+        """Other padding [R, S] for ``rows`` [R], whose entries are forgotten."""
+        if self._hidden is not None:
+            self._hidden[rows] = hidden
 
     def rollback(self, lengths: Tensor) -> None:
         """Keep ``lengths`` [B] entries per row; what lies behind is overwritten by the next passes."""

@@ -44,3 +44,14 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def device_kind(device: torch.device | str) -> str:
+    """What a measured cost belongs to: the GPU's name, or the CPU's instruction set and the number of threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if device.type != "cpu":
+        return device.type
+    extra = "+bf16" if has_fast_bfloat16(device) else ""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}{extra} {torch.get_num_threads()} threads"

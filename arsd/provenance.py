@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -58,6 +60,45 @@ def tokens_sha256(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.cpu().numpy().astype("<u4").tobytes()).hexdigest()
 
 
+def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
+    """Everything that a picture depends on, and how it came about.
+
+    Args:
+        pipe: the pipeline that made it.
+        output: what the pipeline returned.
+        index: of the picture.
+    """
+    import arsd
+    from arsd.devices import device_kind
+
+    stats, decoder, tokens = output.stats, output.decoders[index], output.tokens[index]
+    guided = output.law_config.guidance_scale != 1
+    return {
+        "arsd": arsd.__version__,
+        "model": Path(str(pipe.config.get("_name_or_path") or "")).name or type(pipe).__name__,
+        "model_hash": pipe.model_hash,
+        **output.inputs[index],
+        "noise_seed": output.seeds[index],
+        "image_index": output.image_indices[index],
+        "decoder": str(decoder),
+        "lossless": decoder.lossless,
+        "seed_exact": decoder.seed_exact,
+        "batch": stats.batch,
+        "pass_tokens": stats.pass_tokens,
+        "sampling": asdict(output.law_config),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "device_kind": device_kind(pipe.device),
+        "torch": torch.__version__,
+        "probe": pipe.arithmetic_probe(stats.batch, stats.pass_tokens, guided),
+        "tokens": pack_tokens(tokens),
+        "tokens_sha256": tokens_sha256(tokens),
+        "forward_passes": stats.row_passes[index],
+        "near_ties": stats.near_ties[index],
+        "expected_changed_tokens": stats.expected_changed_tokens[index],
+    }
+
+
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overwrite: bool = False) -> None:
     """Write a PNG with ``record`` in its metadata; a file is there whole or not at all.
 
@@ -85,17 +126,36 @@ def read_png(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: when the file is no picture, or has no record.
     """
+    return read_record(path)[1]
+
+
+def read_record(source: Any) -> tuple[Image.Image, dict[str, Any]]:
+    """A picture (RGB) and its record.
+
+    Args:
+        source: path of a picture, or a PIL image opened from one.
+
+    Raises:
+        InputError: when it is no picture, or has no record.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB"), _parse(getattr(source, "text", {}).get(KEY), "the picture")
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             text = getattr(image, "text", {}).get(KEY)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+            pixels = image.convert("RGB")
+    except (OSError, AttributeError, SyntaxError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as a picture: {error}") from None
+    return pixels, _parse(text, str(source))
+
+
+def _parse(text: str | None, name: str) -> dict[str, Any]:
     if text is None:
-        raise InputError(f"{path} carries no arsd record")
+        raise InputError(f"{name} carries no arsd record")
     try:
         record = json.loads(text)
-    except ValueError:
+    except (TypeError, ValueError):
         record = None
     if not isinstance(record, dict):
-        raise InputError(f"{path} carries a damaged arsd record")
+        raise InputError(f"{name} carries a damaged arsd record")
     return record

@@ -11,27 +11,12 @@ import sys
 import time
 
 import torch
+from models import LARGE, SMALL, make_model
 
 import arsd
 from arsd.cli.common import table
 from arsd.decoding import CounterNoise, DecodeRequest, Grammar, LawConfig, Laws, Setting, decode
 from arsd.models.target import DecoderTarget
-
-SMALL = {"vocab_size": 1024, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "intermediate_size": 1024, "grid": 16}
-LARGE = {"vocab_size": 16384, "hidden_size": 4096, "num_layers": 32, "num_heads": 32, "intermediate_size": 11008, "grid": 24}
-
-
-def make_model(size: dict[str, int], device: str, dtype: torch.dtype) -> arsd.LlamaGenTransformer:
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = arsd.LlamaGenTransformer(**size, condition="class", num_classes=10).eval()
-            model.lm.lm_head.weight.data.mul_(8)  # peaked laws, as a trained model has
-            return model
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def tokens_of(model: arsd.LlamaGenTransformer, decoder: str, batch: int, tokens: int, guidance: float = 2.0) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,17 @@ from arsd.decoding import (
     LawConfig,
     Laws,
     Setting,
+    build_parts,
     decode,
 )
+from arsd.devices import device_kind
 from arsd.errors import InputError, StrategyError
+from arsd.profile import find_profile
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Decoders = DecodingStrategy | str | Sequence[DecodingStrategy | str] | None
+TargetMaker = Callable[[int, int], Any]  # (pass_tokens, batch) -> target
 
 
 @dataclass
@@ -43,6 +49,8 @@ class ARPipelineOutput(BaseOutput):
         seeds: [B] noise seed of each picture; with ``image_indices`` it fixes the picture of a seed-exact decoder.
         image_indices: [B] index under which each picture's noise was drawn.
         law_config: the sampling options that were in force.
+        decoders: [B] strategy of each picture.
+        inputs: [B] what each picture was made of: ``{"prompt": ...}``, ``{"class_label": ...}`` or ``{}``.
         log_probs: [B, N] log-probabilities of the tokens, when asked for.
         entropies: [B, N] entropies (nats) of the tokens' laws, when asked for.
         trace: every pass, when asked for.
@@ -54,6 +62,8 @@ class ARPipelineOutput(BaseOutput):
     seeds: list[int]
     image_indices: list[int]
     law_config: LawConfig
+    decoders: list[DecodingStrategy]
+    inputs: list[dict[str, Any]]
     log_probs: Tensor | None = None
     entropies: Tensor | None = None
     trace: Any = None
@@ -111,12 +121,17 @@ class ARImagePipeline(DiffusionPipeline):
         """Guidance scale of the last call."""
         return getattr(self, "_guidance_scale", 1.0)
 
-    def check_decoder(self, decoder: DecodingStrategy | str | None) -> DecodingStrategy:
-        """The strategy of a call: the argument, else the component.
+    def check_decoder(self, decoder: Decoders) -> list[DecodingStrategy]:
+        """The strategies of a call: the argument (one, or one per picture), else the component.
 
         Raises:
             StrategyError: when it is no strategy.
         """
+        if isinstance(decoder, Sequence) and not isinstance(decoder, str):
+            return [self._strategy(one) for one in decoder]
+        return [self._strategy(decoder)]
+
+    def _strategy(self, decoder: DecodingStrategy | str | None) -> DecodingStrategy:
         from arsd.decoding import parse_strategy
 
         if isinstance(decoder, str):
@@ -127,6 +142,30 @@ class ARImagePipeline(DiffusionPipeline):
         if not isinstance(chosen, DecodingStrategy):
             raise StrategyError(f"decoder must be a decoding strategy such as arsd.SJD(), not {type(chosen).__name__}")
         return chosen
+
+    def check_rows(self, decoders: list[DecodingStrategy], count: int, batch_size: int | None) -> int:
+        """The rows of a pass for ``count`` pictures.
+
+        Raises:
+            InputError: when ``batch_size`` is no positive number, or there are neither one nor ``count`` decoders.
+        """
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size must be at least 1, not {batch_size!r}")
+        if len(decoders) not in (1, count):
+            raise InputError(f"got {len(decoders)} decoders for {count} pictures: give one, or one for each")
+        return min(batch_size or count, count)
+
+    @property
+    def model_hash(self) -> str | None:
+        """Hash of the folder that the pipeline was loaded from (:func:`arsd.provenance.model_hash`), else ``None``."""
+        from arsd.provenance import model_hash
+
+        known: tuple[str, str | None] | None = getattr(self, "_known_hash", None)
+        folder = str(self.config.get("_name_or_path") or "")
+        if known is None or known[0] != folder:
+            known = (folder, model_hash(folder) if folder and Path(folder).is_dir() else None)
+            self._known_hash = known
+        return known[1]
 
     def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         """Raise InputError for an unknown output type or callback tensor."""
@@ -143,40 +182,74 @@ class ARImagePipeline(DiffusionPipeline):
         values.update({k: v for k, v in given.items() if v is not None})
         return LawConfig(**values)
 
+    def arithmetic_probe(self, batch: int, pass_tokens: int, guided: bool) -> str:
+        """How this machine computes passes of a shape, as 16 hex digits (:func:`arsd.shapes.probe`); remembered."""
+        from arsd.shapes import probe
+
+        key = (batch, pass_tokens, guided, str(self._execution_device), str(self.dtype))
+        known: dict[Any, str] = self.__dict__.setdefault("_known_probes", {})
+        if key not in known:
+            target = self.target_maker(*self.null_condition(batch, guided))(pass_tokens, batch)
+            known[key] = probe(target, self.make_grammar().num_tokens, pass_tokens)
+        return known[key]
+
+    def record(self, output: ARPipelineOutput, index: int) -> dict[str, Any]:
+        """Everything that picture ``index`` of an output depends on, for :func:`arsd.provenance.save_png`."""
+        from arsd.provenance import make_record
+
+        return make_record(self, output, index)
+
+    def verify(self, images: Any) -> Any:
+        """Whether pictures are the plain AR samples of their seeds: see :mod:`arsd.verification`.
+
+        Args:
+            images: a path or a PIL image opened from a PNG that arsd wrote, or a list of them.
+
+        Returns:
+            A :class:`arsd.verification.Verification`, or a list of them.
+        """
+        from arsd.verification import verify_pictures
+
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            return verify_pictures(self, images)
+        return verify_pictures(self, [images])[0]
+
     def run_decoder(
         self,
-        make_target: Callable[[int], Any],
-        decoder: DecodingStrategy,
+        make_target: TargetMaker,
+        decoders: list[DecodingStrategy],
         config: LawConfig,
         grammar: Grammar,
         keys: tuple[list[int], list[int]],
         row_length: int,
+        batch: int,
         callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         progress: bool = True,
         callback_inputs: Sequence[str] = ("tokens",),
         **record: bool,
     ) -> Any:
-        """Decode one batch: build the parts, run the loop, advance the progress bar by committed tokens.
+        """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
 
         Args:
-            make_target: pass_tokens -> target.
-            decoder: the strategy.
+            make_target: (pass_tokens, batch) -> target.
+            decoders: one strategy, or one per picture.
             config: sampling options.
             grammar: what each position may hold.
-            keys: seeds and image indices of the rows.
+            keys: seeds and image indices of the pictures.
             row_length: tokens per line of the picture.
+            batch: rows of a pass.
             callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
             progress: show the bar.
             callback_inputs: tensors that the callback gets (copies).
             record: ``log_probs`` and ``trace``.
         """
-        seeds, images = keys
-        noise = CounterNoise(seeds, images, self._execution_device)
-        setting = Setting(len(seeds), grammar.num_tokens, row_length, grammar, noise, self._execution_device)
-        parts = decoder.build(setting)
-        target = make_target(parts.pass_tokens)
+        count, device = len(keys[0]), self._execution_device
+        noise = CounterNoise(*keys, device, batch)
+        profile = find_profile(self.model_hash, device_kind(device), dtype_name(self))
+        parts = build_parts(decoders, Setting(batch, grammar.num_tokens, row_length, grammar, noise, device, profile))
+        target = make_target(parts.pass_tokens, batch)
         self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
-        with self.progress_bar(total=grammar.num_tokens * len(seeds)) if progress else _Silent() as bar:
+        with self.progress_bar(total=grammar.num_tokens * count) if progress else _Silent() as bar:
 
             def on_commit(count: int, tokens: Tensor) -> bool:
                 nonlocal step, done
@@ -188,10 +261,15 @@ class ARImagePipeline(DiffusionPipeline):
                 self._num_timesteps = step
                 return self.interrupt
 
-            request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, **record)
-            result = decode(target, parts, Laws(config, grammar), noise, request, len(seeds))
+            request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, pictures=count, **record)
+            result = decode(target, parts, Laws(config, grammar), noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result
+
+
+def dtype_name(pipe: Any) -> str:
+    """``float32``, ``bfloat16``, ..."""
+    return str(pipe.dtype).removeprefix("torch.")
 
 
 class _Silent:

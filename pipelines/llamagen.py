@@ -14,7 +14,15 @@ from arsd.errors import InputError
 from arsd.models.captions import encode_captions, unknown_words
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.target import DecoderTarget
-from arsd.pipelines.base import ARImagePipeline, ARPipelineOutput, Generators, noise_keys, to_output
+from arsd.pipelines.base import (
+    ARImagePipeline,
+    ARPipelineOutput,
+    Decoders,
+    Generators,
+    TargetMaker,
+    noise_keys,
+    to_output,
+)
 from arsd.tokenizers.vq import VQTokenizer
 
 
@@ -89,12 +97,81 @@ class LlamaGenPipeline(ARImagePipeline):
             raise InputError(f"this model makes pictures of {self.image_size} x {self.image_size} pixels only")
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded caption features [B, T, caption_dim] and mask [B, T]; warns of words the tokenizer does not know."""
+        """Left-padded caption features [B, T, caption_dim] and mask [B, T]; warns of words the tokenizer does not know.
+
+        Each prompt is encoded by itself: its features must not depend on the others, not even in the last bit.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
         if strange:
-            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=4)
-        return encode_captions(self.tokenizer, self.text_encoder, prompts, self.transformer.config["condition_tokens"])
+            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=5)
+        length = self.transformer.config["condition_tokens"]
+        encoded = [encode_captions(self.tokenizer, self.text_encoder, [text], length) for text in prompts]
+        return torch.cat([features for features, _ in encoded]), torch.cat([mask for _, mask in encoded])
+
+    def encode_inputs(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guided: bool = True,
+    ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
+        """Inputs to condition [S, B, P, D], padding [S, B, P], and what each picture is made of.
+
+        Raises:
+            InputError: for labels that are none.
+        """
+        device, dtype, mask = self._execution_device, self.transformer.dtype, None
+        if class_labels is not None:
+            labels = _labels(class_labels, device)
+            rows, inputs = self.transformer.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
+        else:
+            inputs = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
+            if prompt is not None:
+                prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+            assert prompt_embeds is not None and prompt_attention_mask is not None
+            embeds, mask = prompt_embeds.to(device, dtype), prompt_attention_mask.to(device)
+            if embeds.shape[:1] != mask.shape[:1] or not len(embeds):
+                raise InputError("prompt_embeds and prompt_attention_mask must have the same number of rows, at least one")
+            pairs = zip(embeds.split(1), mask.split(1), strict=True)  # one by one, as encode_prompt does
+            rows = torch.cat([self.transformer.embed_captions(*pair) for pair in pairs])
+            mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
+            inputs = inputs or [{}] * len(rows)
+        rows = rows.repeat_interleave(num_images_per_prompt, dim=0)
+        condition, padding = self._condition(rows, mask, 2 if guided else 1)
+        return condition, padding, [one for one in inputs for _ in range(num_images_per_prompt)]
+
+    @torch.no_grad()
+    def null_condition(self, batch: int, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """A condition that needs no input, for measurements."""
+        if self.transformer.config["condition"] == "text":
+            rows = self.transformer.embed_null_caption(batch)
+            return self._condition(rows, torch.ones(rows.shape[:2], device=rows.device), 2 if guided else 1)
+        labels = torch.arange(batch, device=self._execution_device) % self.transformer.config["num_classes"]
+        return self._condition(self.transformer.embed_classes(labels), None, 2 if guided else 1)
+
+    def target_maker(self, condition: Tensor, padding: Tensor | None) -> TargetMaker:
+        """(pass_tokens, batch) -> target of these conditions."""
+        model, total = self.transformer.lm, self.transformer.num_tokens
+
+        def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
+            embed = model.model.embed_tokens
+            return DecoderTarget(model.model, model.lm_head, embed, condition, total, pass_tokens, padding, batch)
+
+        return make_target
+
+    def make_grammar(self) -> Grammar:
+        """Every code is allowed everywhere."""
+        return Grammar(
+            self.transformer.num_tokens, int(self.transformer.config["vocab_size"]), device=self._execution_device
+        )
+
+    def decode_pixels(self, tokens: Tensor) -> Tensor:
+        """Codes [B, N] to pictures [B, 3, H, W] in [-1, 1]; one by one, so that a picture never depends on the others."""
+        grid = int(self.transformer.config["grid"])
+        return torch.cat([self.vq.decode(codes) for codes in tokens.view(-1, 1, grid, grid)])
 
     def _condition(self, rows: Tensor, mask: Tensor | None, streams: int) -> tuple[Tensor, Tensor | None]:
         """Condition [S, B, P, D] and padding [S, B, P]; the null stream reuses the conditional padding, as upstream does."""
@@ -120,7 +197,8 @@ class LlamaGenPipeline(ARImagePipeline):
         top_p: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
-        decoder: DecodingStrategy | str | None = None,
+        decoder: Decoders = None,
+        batch_size: int | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
@@ -145,7 +223,9 @@ class LlamaGenPipeline(ARImagePipeline):
             top_p: keep the smallest set of tokens with this mass.
             num_images_per_prompt: pictures per prompt; they come prompt by prompt.
             generator: source of the noise seed: one, or one per picture; see :func:`arsd.pipelines.base.noise_keys`.
-            decoder: strategy of this call, an object or text such as ``"sjd:window=32"``; ``None``: the pipeline's own.
+            decoder: strategy of this call, an object or text such as ``"sjd:window=32"``; ``None``: the pipeline's own. A
+                list gives each picture its own; they share every pass.
+            batch_size: rows decoded at a time; a picture that waits takes the row of one that is finished. ``None``: all.
             prompt_embeds: caption features [B, T, caption_dim], left-padded, instead of a prompt.
             prompt_attention_mask: [B, T], their mask.
             output_type: ``pil``, ``np``, ``pt`` or ``latent`` (the token grid [B, h, w]).
@@ -167,49 +247,28 @@ class LlamaGenPipeline(ARImagePipeline):
         # 1. Check
         self.check_inputs(prompt, class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt, height, width)
         self.check_output(output_type, callback_on_step_end_tensor_inputs)
-        strategy = self.check_decoder(decoder)
+        strategies = self.check_decoder(decoder)
         options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
         config = self.law_config(self.transformer.config["sampling"], {**options, "top_k": top_k, "top_p": top_p})
         self._guidance_scale = config.guidance_scale
-        device, dtype = self._execution_device, self.transformer.dtype
 
         # 2. Condition
-        mask: Tensor | None = None
-        if class_labels is not None:
-            try:
-                labels = torch.as_tensor(class_labels, device=device).reshape(-1)
-            except (TypeError, ValueError, RuntimeError):
-                raise InputError(f"class_labels must be one class id or several, not {class_labels!r}") from None
-            if not len(labels) or labels.is_floating_point():
-                raise InputError(f"class_labels must be one class id or several, not {class_labels!r}")
-            rows = self.transformer.embed_classes(labels)
-        else:
-            if prompt is not None:
-                prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-            assert prompt_embeds is not None and prompt_attention_mask is not None
-            mask = prompt_attention_mask.to(device)
-            rows = self.transformer.embed_captions(prompt_embeds.to(device, dtype), mask)
-            mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
-        rows = rows.repeat_interleave(num_images_per_prompt, dim=0)
-        condition, padding = self._condition(rows, mask, 1 if config.guidance_scale == 1 else 2)
+        condition, padding, inputs = self.encode_inputs(
+            prompt, class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt, config.guidance_scale != 1
+        )
+        batch = self.check_rows(strategies, len(inputs), batch_size)
+        keys = noise_keys(generator, len(inputs))
 
         # 3. Decode
-        grid, total = int(self.transformer.config["grid"]), self.transformer.num_tokens
-        keys = noise_keys(generator, len(rows))
-        language_model = self.transformer.lm
-
-        def make_target(pass_tokens: int) -> DecoderTarget:
-            embed = language_model.model.embed_tokens
-            return DecoderTarget(language_model.model, language_model.lm_head, embed, condition, total, pass_tokens, padding)
-
-        grammar = Grammar(total, int(self.transformer.config["vocab_size"]), device=device)
+        grid = int(self.transformer.config["grid"])
         result = self.run_decoder(
-            make_target,
-            strategy,
+            self.target_maker(condition, padding),
+            strategies,
             config,
-            grammar,
+            self.make_grammar(),
             keys,
             grid,
+            batch,
             callback_on_step_end,
             progress,
             callback_on_step_end_tensor_inputs,
@@ -219,9 +278,20 @@ class LlamaGenPipeline(ARImagePipeline):
 
         # 4. Pictures
         codes = result.tokens.view(-1, grid, grid)
-        images = codes if output_type == "latent" else to_output(self.vq.decode(codes), output_type)
+        images = codes if output_type == "latent" else to_output(self.decode_pixels(result.tokens), output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
+        decoders = strategies if len(strategies) > 1 else strategies * len(inputs)
         recorded = (result.log_probs, result.entropies, result.trace)
-        return ARPipelineOutput(images, result.tokens, result.stats, *keys, config, *recorded)
+        return ARPipelineOutput(images, result.tokens, result.stats, *keys, config, decoders, inputs, *recorded)
+
+
+def _labels(given: Any, device: torch.device) -> Tensor:
+    try:
+        labels = torch.as_tensor(given, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"class_labels must be one class id or several, not {given!r}") from None
+    if not len(labels) or labels.is_floating_point():
+        raise InputError(f"class_labels must be one class id or several, not {given!r}")
+    return labels

@@ -1,4 +1,4 @@
-"""Fixtures of several files; lets tests import their helpers (tiny_pipeline, reference_llamagen) by name."""
+"""Fixtures of several files; lets tests import their helpers (tiny_pipeline, ...) and the benchmarks by name."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # needed under --import-mode=importlib
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @pytest.fixture
@@ -22,12 +23,13 @@ def own_registry(monkeypatch):
 
 @pytest.fixture
 def small_suite(monkeypatch):
-    """One family of worlds of five, fewer laws, paths and samples: enough for what is wrong everywhere."""
+    """One family of worlds of five, fewer laws, windows, paths and samples: enough for what is wrong everywhere."""
     from arsd.exactness import suite
 
     name = "guided with forbidden ids"
     monkeypatch.setattr(suite, "WORLDS", {name: suite.WORLDS[name]})
     monkeypatch.setattr(suite, "LAWS", ["plain", "top-k"])
+    monkeypatch.setattr(suite, "WINDOWS", [1, 2, 7, 20])
     monkeypatch.setattr(suite, "PATHS", 5_000)
     monkeypatch.setattr(suite, "QUICK_SEQUENCES", 4_000)
 

@@ -95,7 +95,7 @@ def test_a_batch_that_cannot_be_filled_is_refused(pipe, options):
 
 
 def test_rows_of_a_call_that_took_no_time_do_not_divide_by_zero():
-    row = BenchRow("ar", True, seconds=[0.5], forward_seconds=0.1, decode_passes=1)
+    row = BenchRow("ar", True, seconds=[0.5])
     assert row.as_dict(row)["outside_forward_share"] == 0.0 and row.as_dict(row)["tokens_per_pass"] == 0
 
 

@@ -219,7 +219,7 @@ MISTAKES = {
     "decoder": (("pear", "--decoder", "warp"), "unknown decoder 'warp': choose from ar, sjd"),
     "empty decoder": (("pear", "--decoder", ""), "unknown decoder ''"),
     "decoder option": (("pear", "--decoder", "sjd:window"), "sjd has no option 'window'"),
-    "window": (("pear", "--decoder", "sjd:window=-1"), "window must be a whole number >= 1, not -1"),
+    "window": (("pear", "--decoder", "sjd:window=-1"), "window must be a whole number >= 1 or auto, not -1"),
     "temperature": (("pear", "--temperature", "-1"), "temperature must be >= 0"),
     "top-k": (("pear", "--top-k", "-1"), "top_k must be a whole number >= 0"),
     "top-p": (("pear", "--top-p", "0"), "top_p must lie in (0, 1]"),

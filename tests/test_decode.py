@@ -29,7 +29,7 @@ class Counting(HashTarget):
         self.shapes: list[tuple[int, ...]] = []
         self.prefilled: list[int] = []
 
-    def prefill(self, pass_tokens: int) -> int:
+    def prefill(self, starts: list[int], pass_tokens: int) -> int:
         self.prefilled.append(pass_tokens)
         return 3
 
@@ -156,7 +156,7 @@ def test_on_commit_sees_every_pass_and_can_stop_the_call():
 def test_a_model_that_breaks_gives_one_clear_error_and_the_tokens_made_before(strategy, value: float):
     target = Broken(VOCAB, LENGTH, BATCH)
     target.value = value
-    with pytest.raises(NonFiniteLogitsError, match="row 1 after") as error:
+    with pytest.raises(NonFiniteLogitsError, match="picture 1 after") as error:
         run(target, strategy)
     assert isinstance(error.value, ArsdError) and "\n" not in str(error.value)
     whole, tokens, lengths = run(target_of(), strategy).tokens, error.value.tokens, error.value.lengths

@@ -342,7 +342,7 @@ BAD_CALLS = {
     "output type": ({"output_type": "jpg"}, "one of pil, np, pt, latent, not 'jpg'"),
     "decoder name": ({"decoder": "warp"}, "unknown decoder 'warp': choose from ar, sjd"),
     "decoder option": ({"decoder": "sjd:speed=9"}, "sjd has no option 'speed=9'"),
-    "decoder window": ({"decoder": "sjd:window=-3"}, "window must be a whole number >= 1, not -3"),
+    "decoder window": ({"decoder": "sjd:window=-3"}, "window must be a whole number >= 1 or auto, not -3"),
     "decoder coupling": ({"decoder": "sjd:coupling=glue"}, "unknown coupling 'glue'"),
     "decoder object": ({"decoder": 3}, "decoder must be a decoding strategy"),
     "top_k": ({"top_k": -1}, "top_k must be a whole number >= 0"),
@@ -388,5 +388,5 @@ def test_broken_weights_say_so_and_hand_over_the_tokens_before(text):
     pipe.transformer.lm.model.rotary_emb.cos[9:] = torch.nan  # everything up to token 8 is computed as before
     with pytest.raises(NonFiniteLogitsError) as error:
         codes(pipe, class_labels=[1, 2])
-    one_clear_line(error.value, "NaN or infinite logits in row 0 after 9 tokens")
+    one_clear_line(error.value, "NaN or infinite logits in picture 0 after 9 tokens")
     assert error.value.lengths == [9, 9] and torch.equal(error.value.tokens[:, :9], whole[:, :9])

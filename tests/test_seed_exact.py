@@ -152,7 +152,8 @@ def test_llamagen_log_probs_equal_one_teacher_forced_pass(llama: LlamaGenTransfo
     result = llama_tokens(llama, SJD(window=6), log_probs=True)
     fed = torch.cat([torch.zeros(3, 1, dtype=torch.int64), result.tokens[:, :-1]], dim=1)
     target = llama_target(llama, "eager", GRID**2)
-    target.prefill(1)
+    target.prefill([-(PREFIX - 1)] * 3, 1)
+    target.rollback(torch.zeros(3, dtype=torch.int64))
     with torch.no_grad():
         conditional, unconditional = target.forward(fed, torch.zeros(3, dtype=torch.int64), [0, 0, 0])
     guided = unconditional + 2.0 * (conditional - unconditional)

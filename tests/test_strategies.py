@@ -45,7 +45,7 @@ def test_text_becomes_the_strategy_and_back(text: str):
     [
         (" sjd ", "sjd"),
         ("sjd:", "sjd"),
-        ("sjd:window=16", "sjd"),
+        ("sjd:window=auto", "sjd"),
         ("sjd:pass_tokens=none", "sjd"),
         ("sjd:pass_tokens=None,window=8", "sjd:window=8"),
     ],
@@ -73,7 +73,8 @@ def test_defaults_and_empty_options_are_taken_and_not_repeated(text: str, plain:
         ("sjd:coupling=greedy", "unknown coupling 'greedy'"),
         ("sjd:coupling=3", "unknown coupling 3"),
         ("sjd:init=below", "unknown init 'below'"),
-        ("sjd:pass_tokens=8", "at least window"),
+        ("sjd:window=16,pass_tokens=8", "at least window"),
+        ("sjd:window=automatic", "whole number >= 1 or auto"),
         ("sjd:_class_name=SJD", "no option"),
         ("ar:pass_tokens=0", "pass_tokens"),
         ("ar:window=4", "window"),

@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--queue", action="store_true", help="one call of all prompts, whose freed rows are refilled")
     parser.add_argument(
         "--no-check", action="store_true", help="leave out the comparison with plain AR at the same pass shape"
     )
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         "repeats": arguments.repeats,
         "seed": arguments.seed,
         "check": not arguments.no_check,
+        "queue": arguments.queue,
     }
     report = run_bench(pipe, strategies, prompts, progress=progress, **options, **sampling(arguments))
     print(file=sys.stderr)
@@ -51,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report))
         return 0
-    print(
-        f"{report['model']} ({weights[:12]}), {report['dtype']}, {report['device']}, {report['threads']} threads, batch "
-        f"{report['batch']}, {report['prompts']} prompts, guidance {report['guidance_scale']}, top-k {report['top_k']}"
-    )
+    rows = f"batch {report['batch']}" + (", rows refilled" if report["queue"] else "")
+    machine = f"{report['dtype']}, {report['device']}, {report['threads']} threads"
+    sampled = f"guidance {report['guidance_scale']}, top-k {report['top_k']}"
+    print(f"{report['model']} ({weights[:12]}), {machine}, {rows}, {report['prompts']} prompts, {sampled}")
     print(bench_table(report["rows"]))
     return 0
 
@@ -62,21 +64,24 @@ def run(arguments: argparse.Namespace) -> int:
 def bench_table(rows: list[dict[str, Any]]) -> str:
     """The rows of a report for people."""
     same = {True: "yes", False: "NO", None: "-"}
-    header = ["decoder", "lossless", "tokens/pass", "seconds", "speedup", "pass cost", "outside", "= ar@W", "near-ties"]
-    return table(
-        header,
-        [
+    header = ["decoder", "lossless", "passes", "tokens/pass", "seconds (quartiles)", "speedup (95 %)", "pass cost"]
+    header += ["outside", "= ar@W", "near-ties"]
+    lines = []
+    for row in rows:
+        interval = row["speedup_interval"]
+        low, high = row["seconds_spread"]
+        lines.append(
             [
                 row["decoder"],
                 "yes" if row["lossless"] else "no",
+                row["forward_passes"],
                 f"{row['tokens_per_pass']:.2f}",
-                f"{row['seconds_median']:.2f}",
-                f"{row['speedup']:.2f}x",
+                f"{row['seconds_median']:.2f} ({low:.2f}-{high:.2f})",
+                f"{row['speedup']:.2f}x" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""),
                 f"{row['pass_cost_ratio']:.2f}",
                 f"{row['outside_forward_share']:.1%}",
                 same[row["identical_to_ar_at_w"]],
                 row["near_ties"],
             ]
-            for row in rows
-        ],
-    )
+        )
+    return table(header, lines)

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         entries = []
         for i, path in enumerate(paths):
             entry = {**picture_entry(result, i), "prompt": prompt, "path": str(path)}
-            record = record_of(pipe, arguments, result, i, entry, decoder, weights)
+            record = {**pipe.record(result, i), "model": arguments.model, "seed": arguments.seed}
             save_png(result.images[i], path, record, overwrite=arguments.overwrite)
             entries.append(entry)
         images += entries
@@ -135,35 +135,4 @@ def picture_entry(result: Any, i: int) -> dict[str, Any]:
         "seconds": stats.total_seconds,
         "expected_changed_tokens": stats.expected_changed_tokens[i],
         "near_ties": stats.near_ties[i],
-    }
-
-
-def record_of(
-    pipe: Any, arguments: argparse.Namespace, result: Any, i: int, entry: dict[str, Any], decoder: Any, weights: str
-) -> dict[str, Any]:
-    """The record that goes into the PNG: everything that the picture depends on."""
-    from dataclasses import asdict
-
-    import arsd
-    from arsd.provenance import pack_tokens
-
-    return {
-        "arsd": arsd.__version__,
-        "model": arguments.model,
-        "model_hash": weights,
-        "prompt": entry["prompt"],
-        "seed": arguments.seed,
-        "noise_seed": result.seeds[i],
-        "image_index": result.image_indices[i],
-        "decoder": str(decoder),
-        "lossless": decoder.lossless,
-        "seed_exact": decoder.seed_exact,
-        "pass_tokens": entry["pass_tokens"],
-        "batch": len(result.tokens),
-        "sampling": asdict(result.law_config),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "tokens": pack_tokens(result.tokens[i]),
-        "tokens_sha256": entry["tokens_sha256"],
-        "expected_changed_tokens": entry["expected_changed_tokens"],
     }

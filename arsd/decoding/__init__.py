@@ -2,6 +2,7 @@
 
 from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.loop import DecodeResult, decode
+from arsd.decoding.mixed import build_parts
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.registry import register_drafter, register_rule
 from arsd.decoding.speculative import Speculative
@@ -30,6 +31,7 @@ __all__ = [
     "Speculative",
     "Step",
     "Verdict",
+    "build_parts",
     "decode",
     "parse_strategy",
     "register_drafter",

@@ -43,6 +43,9 @@ class NoDraft:
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Nothing to learn."""
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Nothing to forget."""
+
 
 class Jacobi:
     """Jacobi iterates (SJD, arXiv 2410.01699, section 3): last pass's tokens are this pass's guesses.
@@ -78,12 +81,9 @@ class Jacobi:
     ) -> None:
         self.redraft, self.init, self.needs_law = redraft, init, needs_law
         self.num_tokens, self.row_length, self.grammar = num_tokens, row_length, grammar
-        positions = torch.arange(num_tokens, device=device).expand(batch, -1)
-        index = noise.integers(grammar.num_choices(positions), Purpose.INITIAL, positions)
+        self.noise = noise
         self.guesses = torch.zeros(batch, num_tokens + window, dtype=torch.int64, device=device)
-        self.guesses[:, :num_tokens] = grammar.choice(positions, index)
-        forced = grammar.forced_at(positions)
-        self.guesses[:, :num_tokens] = torch.where(forced >= 0, forced, self.guesses[:, :num_tokens])
+        self.guesses[:, :num_tokens] = self._initial(batch)
         self.rows = torch.arange(batch, device=device)[:, None]
         self.entered = torch.zeros(batch, dtype=torch.int64, device=device)  # positions below it have been in a window
         self.last_law: tuple[Tensor, Tensor] | None = None  # (first position [B], p [B, W, V]) of the last pass
@@ -102,9 +102,23 @@ class Jacobi:
         tokens = torch.where(committed, verdict.tokens, self.redraft(step, law, verdict))
         live = step.width[:, None] > 0
         self.guesses[self.rows, step.positions] = torch.where(live, tokens, self.guesses[self.rows, step.positions])
-        self.entered = torch.maximum(self.entered, step.positions[:, -1] + 1)
-        if self.needs_law:
-            self.last_law = (step.positions[:, 0], law.probs)
+        self.entered = torch.where(live[:, 0], torch.maximum(self.entered, step.positions[:, -1] + 1), self.entered)
+        if self.needs_law:  # a row that still reads its condition has no law yet: its window lies out of reach
+            self.last_law = (torch.where(live[:, 0], step.positions[:, 0], self.guesses.shape[1]), law.probs)
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Initial guesses for the pictures that begin in ``rows``."""
+        self.guesses[rows, : self.num_tokens] = self._initial(len(self.guesses))[rows]
+        self.entered[rows] = 0
+        if self.last_law is not None:
+            self.last_law[0][rows] = self.guesses.shape[1]
+
+    def _initial(self, batch: int) -> Tensor:
+        """[B, N] drawn over the allowed ids; the forced token where there is one."""
+        positions = torch.arange(self.num_tokens, device=self.guesses.device).expand(batch, -1)
+        index = self.noise.integers(self.grammar.num_choices(positions), Purpose.INITIAL, positions)
+        forced = self.grammar.forced_at(positions)
+        return torch.where(forced >= 0, forced, self.grammar.choice(positions, index))
 
     def _copy_neighbours(self, positions: Tensor) -> None:
         if not positions.shape[1]:

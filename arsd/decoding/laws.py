@@ -123,10 +123,14 @@ class Grammar:
 
 
 class Law:
-    """The target law p of every slot, as unnormalised log-weights ``scores`` [B, W, V], -inf off its support."""
+    """The target law p of every slot, as unnormalised log-weights ``scores`` [B, W, V], -inf off its support.
 
-    def __init__(self, scores: Tensor) -> None:
+    ``unfiltered`` [B, W, V] are the same before top-k and top-p.
+    """
+
+    def __init__(self, scores: Tensor, unfiltered: Tensor | None = None) -> None:
         self.scores = scores
+        self.unfiltered = scores if unfiltered is None else unfiltered
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -170,12 +174,13 @@ class Laws:
             scores = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0).masked_fill_(broken, torch.nan)
         elif config.temperature != 1:
             scores = scores / config.temperature
+        unfiltered = scores
         if 0 < config.top_k < scores.shape[-1]:
             smallest = scores.topk(config.top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
             scores = scores.masked_fill(scores < smallest, -torch.inf)
         if config.top_p < 1:
             scores = _top_p(scores, config.top_p)
-        return Law(scores)
+        return Law(scores, unfiltered)
 
     def _guide(self, logits: Tensor, positions: Tensor) -> Tensor:
         if logits.shape[0] == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from arsd.decoding.laws import Law, Laws
 from arsd.decoding.noise import Noise
 from arsd.decoding.stats import DecodeStats, Stopwatch
-from arsd.decoding.types import DecodeRequest, Outcome, Parts, Round, Step, Target, Verdict
+from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Target, Verdict
 from arsd.errors import NonFiniteLogitsError
 
 
@@ -20,10 +21,10 @@ class DecodeResult:
     """Tokens and figures of one call.
 
     Args:
-        tokens: [B, N].
+        tokens: [M, N] of M pictures in the order asked for; a picture of fewer tokens is filled up with zeros.
         stats: see :class:`DecodeStats`.
-        log_probs: [B, N] log-probability of each token under its law, when asked for.
-        entropies: [B, N] entropy in nats of each token's law, when asked for.
+        log_probs: [M, N] log-probability of each token under its law, when asked for.
+        entropies: [M, N] entropy in nats of each token's law, when asked for.
         trace: every pass, when asked for.
     """
 
@@ -35,60 +36,93 @@ class DecodeResult:
 
 
 class _Rows:
-    """Where each row stands, on the device and mirrored on the host (one read a round)."""
+    """Which picture each row holds and how far it is, on the device and mirrored on the host (one read a round)."""
 
-    def __init__(self, batch: int, request: DecodeRequest, device: torch.device) -> None:
-        self.total = request.num_tokens
-        self.tokens = torch.zeros(batch, request.num_tokens + 1, dtype=torch.int64, device=device)  # last column: spill
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, batch: int, request: DecodeRequest, unread: int, device: torch.device) -> None:
+        count = batch if request.pictures is None else request.pictures
+        wanted = request.num_tokens
+        self.totals = [wanted] * count if isinstance(wanted, int) else list(wanted)
+        self.unread, self.longest = unread, max(self.totals)
+        self.waiting = deque(range(batch, count))
+        self.held = list(range(batch))  # the picture of each row
+        self.starts, self.done = [-unread] * batch, [0] * count
+        self.tokens = torch.zeros(count, self.longest + 1, dtype=torch.int64, device=device)  # last column: spill
+        self.lengths = torch.full((batch,), -unread, dtype=torch.int64, device=device)
         self.rounds = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.starts = [0] * batch
-        self.index = torch.arange(batch, device=device)[:, None]
-        shape = (batch, request.num_tokens + 1) if request.log_probs else (0, 0)
+        self.picture = torch.arange(batch, device=device)
+        self.total = torch.tensor(self.totals[:batch], device=device)
+        shape = self.tokens.shape if request.log_probs else (0, 0)
         self.log_probs, self.entropies = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.near_ties = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.near_ties = torch.zeros(count, dtype=torch.int64, device=device)
 
     @property
     def active(self) -> list[int]:
         """Rows that are not finished."""
-        return [b for b, n in enumerate(self.starts) if n < self.total]
+        return [b for b, n in enumerate(self.starts) if n < self.totals[self.held[b]]]
+
+    def moved(self, starts: list[int]) -> None:
+        """Rows stand elsewhere: the device is told what the host knows."""
+        self.starts = starts
+        self.lengths = torch.tensor(starts, device=self.lengths.device)
+
+    def refill(self) -> tuple[list[int], list[int]]:
+        """Give finished rows the pictures that wait: (rows, their new pictures)."""
+        active = set(self.active)
+        rows = [b for b in range(len(self.held)) if b not in active][: len(self.waiting)]
+        for b in rows:
+            self.held[b] = self.waiting.popleft()
+            self.total[b] = self.totals[self.held[b]]
+        if rows:
+            self.picture = torch.tensor(self.held, device=self.picture.device)
+            self.rounds[rows] = 0
+            self.moved([-self.unread if b in rows else n for b, n in enumerate(self.starts)])
+        return rows, [self.held[b] for b in rows]
 
     def step(self, window: int, noise: Noise) -> Step:
-        """The window of the next pass, clipped exactly at the end."""
+        """The window of the next pass, clipped exactly at the end; empty in a row that still reads its condition."""
         offsets = torch.arange(window, device=self.lengths.device)
-        width = (self.total - self.lengths).clamp_max(window)
-        return Step(self.lengths[:, None] + offsets, width, self.rounds, offsets < width[:, None], self.starts, noise)
+        first = self.lengths.clamp_min(0)
+        width = torch.where(self.lengths < 0, 0, (self.total - first).clamp_max(window))
+        starts = [max(0, n) for n in self.starts]
+        return Step(first[:, None] + offsets, width, self.rounds, offsets < width[:, None], starts, noise)
 
     def feed(self, drafts: Tensor, pass_tokens: int) -> Tensor:
         """[B, pass_tokens]: the last committed token, the guesses, padding."""
         fed = drafts.new_zeros(len(drafts), pass_tokens)
-        fed[:, :1] = self.tokens.gather(1, (self.lengths - 1).clamp_min(0)[:, None])
+        fed[:, 0] = self.tokens[self.picture, (self.lengths - 1).clamp_min(0)]
         fed[:, 1 : 1 + drafts.shape[1]] = drafts
         return fed
 
-    def commit(self, step: Step, law: Law, verdict: Verdict, counts: list[int]) -> None:
-        """Write the committed tokens; everything behind them goes to the spill column."""
+    def commit(self, step: Step, law: Law, verdict: Verdict, counts: list[int], pass_tokens: int) -> None:
+        """Write the committed tokens (everything behind them goes to the spill column); read condition slots."""
         slots = torch.arange(step.positions.shape[1], device=self.lengths.device)
         taken = slots < verdict.count[:, None]
-        place = torch.where(taken, step.positions, self.total)
-        self.tokens.scatter_(1, place, verdict.tokens)
+        place = torch.where(taken, step.positions, self.longest)
+        picture = self.picture[:, None]
+        self.tokens[picture, place] = verdict.tokens
         if verdict.near_tie is not None:
-            self.near_ties += (verdict.near_tie & taken).sum(1)
+            self.near_ties.index_add_(0, self.picture, (verdict.near_tie & taken).sum(1))
         if self.log_probs.numel():
             chosen = law.log_probs.gather(-1, verdict.tokens[..., None])[..., 0]
-            self.log_probs.scatter_(1, place, chosen.float())
-            self.entropies.scatter_(1, place, torch.special.entr(law.probs).sum(-1).float())
-        self.lengths = self.lengths + verdict.count
-        self.rounds = self.rounds + 1
-        self.starts = [n + c for n, c in zip(self.starts, counts, strict=True)]
+            self.log_probs[picture, place] = chosen.float()
+            self.entropies[picture, place] = torch.special.entr(law.probs).sum(-1).float()
+        self.rounds = self.rounds + (self.lengths >= 0)
+        read = (-self.lengths).clamp(0, pass_tokens)
+        self.lengths = self.lengths + verdict.count + read
+        self.starts = [n + c + min(max(0, -n), pass_tokens) for n, c in zip(self.starts, counts, strict=True)]
+        for b, n in enumerate(self.starts):
+            self.done[self.held[b]] = max(0, n)
 
 
 @torch.inference_mode()
 def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: DecodeRequest, batch: int) -> DecodeResult:
-    """Decode ``batch`` rows of ``request.num_tokens`` tokens.
+    """Decode pictures of ``request.num_tokens`` tokens, ``batch`` of them at a time.
+
+    Every pass has the shape (``batch``, ``parts.pass_tokens``), whatever the rows do: a row that finishes takes the next
+    picture that waits and reads its condition while the others go on; when none waits, it is carried along masked.
 
     Args:
-        target: the model, with the condition of every row.
+        target: the model, with the condition of every picture.
         parts: drafter, rule, controller and pass shape.
         laws: logits to laws.
         noise: the random choices.
@@ -98,15 +132,16 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
     Raises:
         NonFiniteLogitsError: when a law cannot be formed; tokens committed before are in the error's ``tokens``.
     """
-    rows, stats, trace = _Rows(batch, request, target.device), DecodeStats(pass_tokens=parts.pass_tokens), []
+    rows, trace = _Rows(batch, request, target.unread, target.device), []
+    stats = DecodeStats(pass_tokens=parts.pass_tokens, batch=batch, row_passes=[0] * len(rows.totals))
     watch = Stopwatch(stats.seconds, target.device)
-    stats.row_passes = [0] * batch
     with watch("prefill"):
-        stats.prefill_passes = target.prefill(parts.pass_tokens)
+        stats.prefill_passes = target.prefill(rows.starts, parts.pass_tokens)
+        rows.moved([0] * batch)
         target.rollback(rows.lengths)
     stopped = False
     while rows.active and not stopped:
-        began, active = time.perf_counter(), rows.active
+        began, active = time.perf_counter(), [b for b in rows.active if rows.starts[b] >= 0]
         with watch("draft"):
             window = parts.controller.window()
             step = rows.step(window, noise)
@@ -120,29 +155,51 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             counts, bad = torch.stack([verdict.count, broken.long()]).tolist()  # the one device-to-host read of a round
         if any(bad):
             watch.close()
-            where = f"row {bad.index(1)} after {rows.starts[bad.index(1)]} tokens"
-            message = f"the model returned NaN or infinite logits in {where}: check the weights, or use float32"
-            raise NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.starts))
+            raise _broken(rows, rows.held[bad.index(1)])
         with watch("other"):
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
             if request.trace:
-                positions, drafts, tokens, outcome = (
-                    x.cpu().clone() for x in (step.positions, draft.tokens, verdict.tokens, verdict.outcome)
-                )
-                trace.append(Round(positions, drafts, tokens, outcome, counts))
-            rows.commit(step, law, verdict, counts)
+                trace.append(_round(step, draft, verdict, counts, rows.held))
+            rows.commit(step, law, verdict, counts, parts.pass_tokens)
             target.rollback(rows.lengths)
             parts.drafter.observe(step, law, verdict, rows.lengths)
-            for b in active:
-                stats.row_passes[b] += 1
-                stats.accepted_lengths[counts[b]] += 1
-            stats.forward_passes += 1
+            stats.add_pass([(rows.held[b], counts[b]) for b in active])
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
             if request.on_commit is not None:
                 stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1]))
+        if rows.waiting:
+            with watch("prefill"):
+                stats.prefill_passes += _refill(rows, target, parts, noise)
     watch.close()
-    stats.tokens, stats.near_ties = list(rows.starts), rows.near_ties.tolist()
-    stats.expected_changed_tokens = [0.0] * batch
+    stats.tokens, stats.near_ties = list(rows.done), rows.near_ties.tolist()
+    stats.expected_changed_tokens = [0.0] * len(rows.totals)
     log_probs, entropies = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
     return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)
+
+
+def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
+    """Start waiting pictures in finished rows; the passes that took (passes of one token are too short to read in)."""
+    fresh, pictures = rows.refill()
+    if not fresh:
+        return 0
+    for part in (target, noise, parts.drafter):
+        part.join(fresh, pictures)
+    passes = 0
+    if parts.pass_tokens == 1:
+        passes = target.prefill(rows.starts, 1)
+        rows.moved([max(0, n) for n in rows.starts])
+    target.rollback(rows.lengths)
+    return passes
+
+
+def _broken(rows: _Rows, picture: int) -> NonFiniteLogitsError:
+    where = f"picture {picture} after {rows.done[picture]} tokens"
+    message = f"the model returned NaN or infinite logits in {where}: check the weights, or use float32"
+    return NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.done))
+
+
+def _round(step: Step, draft: Draft, verdict: Verdict, counts: list[int], held: list[int]) -> Round:
+    tensors = (step.positions, draft.tokens, verdict.tokens, verdict.outcome)
+    positions, drafts, tokens, outcome = (x.cpu().clone() for x in tensors)
+    return Round(positions, drafts, tokens, outcome, counts, list(held))

@@ -79,24 +79,42 @@ class Noise(Protocol):
         """Integers in [0, counts) for counts [B, W]."""
         ...
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Give ``rows`` the random numbers of other pictures."""
+        ...
+
 
 class CounterNoise:
     """The production :class:`Noise`.
 
     Args:
-        seeds: one 64-bit seed per row.
-        images: index of each row's picture in its call; two pictures with one seed differ by it.
+        seeds: one 64-bit seed per picture.
+        images: index of each picture in its call; two pictures with one seed differ by it.
         device: where the numbers are made; the bits do not depend on it.
+        batch: rows; at first row b holds picture b. ``None``: as many as pictures.
     """
 
     AHEAD = 32  # positions of Gumbel noise made at a time
 
-    def __init__(self, seeds: Sequence[int], images: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        images: Sequence[int],
+        device: torch.device | str = "cpu",
+        batch: int | None = None,
+    ) -> None:
         key = torch.tensor([_signed(s) for s in seeds], dtype=torch.int64, device=device)
-        self._key = _absorb(_absorb(key, 0), torch.tensor(list(images), dtype=torch.int64, device=device))
+        self._keys = _absorb(_absorb(key, 0), torch.tensor(list(images), dtype=torch.int64, device=device))
+        self._key = self._keys[:batch].clone()  # of the picture that each row holds
         self._ring: Tensor | None = None
-        self._filled = [0] * len(seeds)
-        self._starts = [0] * len(seeds)
+        self._filled = [0] * len(self._key)
+        self._starts = [0] * len(self._key)
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """See :class:`Noise`."""
+        self._key[rows] = self._keys[pictures]
+        for b in rows:
+            self._filled[b] = self._starts[b] = 0
 
     def bits(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int, tokens: Tensor | int = 0) -> Tensor:
         """64 random bits per position [B, W], or [B, W, n] when ``tokens`` is a vector of n token ids."""

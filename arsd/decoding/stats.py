@@ -20,19 +20,21 @@ class DecodeStats:
 
     Args:
         forward_passes: passes of the big model after the prefill (one pass serves the whole batch).
-        prefill_passes: passes that only fed the condition.
+        prefill_passes: passes that only fed conditions.
         pass_tokens: tokens per row in every pass.
-        tokens: committed tokens of each row.
-        row_passes: passes in which each row was active.
-        accepted_lengths: tokens committed per row and pass -> how often.
+        batch: rows in every pass.
+        tokens: committed tokens of each picture.
+        row_passes: passes that committed tokens of each picture.
+        accepted_lengths: tokens committed per picture and pass -> how often.
         seconds: wall-clock seconds by part: prefill, draft, forward, verify, other.
-        near_ties: committed arg-maxes of each row decided by less than ``arsd.decoding.rules.NEAR_TIE``.
-        expected_changed_tokens: summed local total variation of relaxed rules, per row; 0 when lossless.
+        near_ties: committed arg-maxes of each picture decided by less than ``arsd.decoding.rules.NEAR_TIE``.
+        expected_changed_tokens: summed local total variation of relaxed rules, per picture; 0 when lossless.
     """
 
     forward_passes: int = 0
     prefill_passes: int = 0
     pass_tokens: int = 1
+    batch: int = 1
     tokens: list[int] = field(default_factory=list)
     row_passes: list[int] = field(default_factory=list)
     accepted_lengths: Counter[int] = field(default_factory=Counter)
@@ -40,9 +42,16 @@ class DecodeStats:
     near_ties: list[int] = field(default_factory=list)
     expected_changed_tokens: list[float] = field(default_factory=list)
 
+    def add_pass(self, committed: list[tuple[int, int]]) -> None:
+        """Count a pass that committed tokens: (picture, how many)."""
+        self.forward_passes += 1
+        for picture, count in committed:
+            self.row_passes[picture] += 1
+            self.accepted_lengths[count] += 1
+
     @property
     def tokens_per_pass(self) -> float:
-        """Committed tokens per row and pass."""
+        """Committed tokens per picture and pass."""
         return sum(self.tokens) / max(1, sum(self.row_passes))
 
     @property
@@ -62,6 +71,7 @@ class DecodeStats:
             "forward_passes": self.forward_passes,
             "prefill_passes": self.prefill_passes,
             "pass_tokens": self.pass_tokens,
+            "batch": self.batch,
             "tokens": self.tokens,
             "row_passes": self.row_passes,
             "tokens_per_pass": self.tokens_per_pass,

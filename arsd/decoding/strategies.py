@@ -7,7 +7,7 @@ component ``decoder``, save to ``decoder_config.json`` and round-trip through ``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,10 +20,20 @@ from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.types import FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
 
+if TYPE_CHECKING:
+    from arsd.profile import Profile
+
+
+FALLBACK_WINDOW = 16  # for window="auto" where nothing was measured
+
 
 @dataclass
 class Setting:
-    """What a strategy may need to know of a call; ``window`` and ``rule`` are what it tells its drafter."""
+    """What a strategy may need to know of a call.
+
+    ``profile`` is what was measured of the model on this kind of device; ``window`` and ``rule`` are what a strategy tells
+    the drafter that it builds.
+    """
 
     batch: int
     num_tokens: int
@@ -31,6 +41,7 @@ class Setting:
     grammar: Grammar
     noise: Noise
     device: torch.device
+    profile: Profile | None = None
     window: int = 1
     rule: Rule | None = None
 
@@ -66,7 +77,8 @@ class DecodingStrategy(SchedulerMixin, ConfigMixin):
 
 def _whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise StrategyError(f"{name} must be a whole number >= {least}, not {value!r}")
+        or_auto = " or auto" if name == "window" else ""
+        raise StrategyError(f"{name} must be a whole number >= {least}{or_auto}, not {value!r}")
     return value
 
 
@@ -95,6 +107,8 @@ class SJD(DecodingStrategy):
 
     Args:
         window: slots per pass: the last committed token and ``window - 1`` guesses; 1 is plain autoregressive decoding.
+            ``auto``: the fastest one by the measured profile of the model on this kind of device, for the batch of the call
+            (:mod:`arsd.profile`); 16 where there is none. With ``pass_tokens`` given, the whole pass.
         coupling: how a guess depends on its predecessor in the last pass.
 
             - ``gumbel``: one Gumbel noise per position decides tokens and guesses (fixed point of arXiv 2002.09928). The
@@ -119,14 +133,15 @@ class SJD(DecodingStrategy):
 
     @register_to_config
     def __init__(
-        self, window: int = 16, coupling: str = "gumbel", init: str = "uniform", pass_tokens: int | None = None
+        self, window: int | str = "auto", coupling: str = "gumbel", init: str = "uniform", pass_tokens: int | None = None
     ) -> None:
-        _whole("window", window, 1)
+        if window != "auto":
+            _whole("window", window, 1)
         if coupling not in self._COUPLINGS:
             raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._COUPLINGS)}")
         if init not in self._INITS:
             raise StrategyError(f"unknown init {init!r}: choose from {', '.join(self._INITS)}")
-        if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < window:
+        if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < (1 if isinstance(window, str) else window):
             raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
 
     @property
@@ -136,22 +151,22 @@ class SJD(DecodingStrategy):
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
-        config = self.config
-        redraft, needs_law = self._COUPLINGS[config["coupling"]]
-        drafter = Jacobi(
-            redraft,
-            config["init"],
-            needs_law,
-            setting.batch,
-            setting.num_tokens,
-            setting.row_length,
-            config["window"],
-            setting.grammar,
-            setting.noise,
-            setting.device,
-        )
-        rule: Rule = RejectionSampling(every_slot=config["coupling"] == "maximal") if needs_law else SeedExact()
-        return Parts(drafter, rule, FixedWindow(config["window"]), config["pass_tokens"] or config["window"])
+        window = self._window(setting)
+        pass_tokens = self.config["pass_tokens"] or window
+        redraft, needs_law = self._COUPLINGS[self.config["coupling"]]
+        if window == 1 and not needs_law:
+            return Parts(NoDraft(), SeedExact(), FixedWindow(1), pass_tokens)
+        call = (setting.batch, setting.num_tokens, setting.row_length, window, setting.grammar, setting.noise)
+        drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device)
+        rule: Rule = RejectionSampling(every_slot=self.config["coupling"] == "maximal") if needs_law else SeedExact()
+        return Parts(drafter, rule, FixedWindow(window), pass_tokens)
+
+    def _window(self, setting: Setting) -> int:
+        if self.config["window"] != "auto":
+            return int(self.config["window"])
+        if self.config["pass_tokens"]:
+            return int(self.config["pass_tokens"])
+        return setting.profile.window(setting.batch) if setting.profile is not None else FALLBACK_WINDOW
 
 
 STRATEGIES: dict[str, type[DecodingStrategy]] = {cls.name: cls for cls in (Autoregressive, SJD)}

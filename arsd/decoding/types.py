@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
@@ -65,10 +65,11 @@ class Step:
 
     Args:
         positions: [B, W] absolute image positions of the window's slots.
-        width: [B] slots that may be committed: clipped exactly at the end of the image, 0 in a finished row.
+        width: [B] slots that may be committed: clipped exactly at the end of the image, 0 in a row that is finished or still
+            reads its condition.
         iteration: [B] passes this row has seen, which keys the noise of tests, residuals and redrafts.
         active: [B, W] slots below ``width``.
-        starts: committed lengths on the host.
+        starts: first position of every row, on the host.
         noise: the random choices.
     """
 
@@ -98,6 +99,10 @@ class Drafter(Protocol):
         """Learn the outcome; ``lengths`` [B] are the committed lengths after this pass."""
         ...
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Forget what is known of ``rows``: they begin other pictures. The noise has joined them already."""
+        ...
+
 
 class Rule(Protocol):
     """When a guess is taken."""
@@ -108,26 +113,35 @@ class Rule(Protocol):
 
 
 class Target(Protocol):
-    """The big model behind the loop; owns its cache and the condition of every row."""
+    """The big model behind the loop; owns its cache and the condition of every picture.
+
+    Lengths count committed tokens. A negative length -k is a row that has k condition slots to read before the pass that
+    gives its first token.
+    """
 
     vocab: int
     device: torch.device
     dtype: torch.dtype
+    unread: int  # condition slots that are read before the first token's pass
 
-    def prefill(self, pass_tokens: int) -> int:
-        """Feed the condition (but its last slot); returns the number of forward passes it took."""
+    def prefill(self, starts: list[int], pass_tokens: int) -> int:
+        """Read the conditions of all rows with a negative length; the others stay as they are. Returns the passes taken."""
         ...
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
         """One pass over [last committed token, drafts, padding] = ``tokens`` [B, T]; logits [S, B, T, V].
 
-        ``lengths`` [B] (``starts`` on the host) are the committed lengths. Column 0 of a row with length 0 is ignored: the
-        last condition slot is fed in its place.
+        ``lengths`` [B] (``starts`` on the host) are the committed lengths. Where a row's length is not positive, condition
+        slots are fed in the place of its first columns.
         """
         ...
 
     def rollback(self, lengths: Tensor) -> None:
         """Keep the cache up to the last token but one of each row; the rest is forgotten without a copy."""
+        ...
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Give ``rows`` the conditions of other pictures; what the cache holds of these rows is forgotten."""
         ...
 
 
@@ -169,13 +183,14 @@ class Parts:
 
 @dataclass
 class Round:
-    """One pass of one call, for traces (host tensors): see :class:`Draft`, :class:`Verdict`."""
+    """One pass of one call, for traces (host tensors): see :class:`Draft`, :class:`Verdict`; ``pictures`` are the rows'."""
 
     positions: Tensor
     drafts: Tensor
     tokens: Tensor
     outcome: Tensor
     counts: list[int]
+    pictures: list[int]
 
 
 @dataclass
@@ -183,16 +198,18 @@ class DecodeRequest:
     """What to decode.
 
     Args:
-        num_tokens: N, tokens per row.
+        num_tokens: N, tokens per picture, or one number for each picture.
         row_length: tokens per line of the picture, for the spatial initialisers.
         log_probs: also return each token's log-probability and the entropy of its law.
         trace: also return every :class:`Round`.
-        on_commit: called after each pass with the number of newly committed tokens and the tokens so far [B, N]; returns
+        on_commit: called after each pass with the number of newly committed tokens and the tokens so far [M, N]; returns
             ``True`` to stop.
+        pictures: how many to decode; ``None`` means one per row. Rows that finish take the next one of those that wait.
     """
 
-    num_tokens: int
+    num_tokens: int | Sequence[int]
     row_length: int = 0
     log_probs: bool = False
     trace: bool = False
     on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)
+    pictures: int | None = None

@@ -72,7 +72,7 @@ class GuardedRule:
         if verdict.near_tie is not None:
             _expect("Verdict.near_tie", verdict.near_tie, (batch, window), "[B, W]", (torch.bool,))
         active = step.width > 0
-        if bool((active & (verdict.count < 1)).any()):
+        if bool((verdict.count < active).any()):
             raise ProtocolError("Verdict.count must be at least 1 in every row that is not finished, or decoding never ends")
         if bool((verdict.count > step.width).any()):
             raise ProtocolError(
@@ -119,6 +119,10 @@ class GuardedDrafter:
         """Pass it on."""
         self.drafter.observe(step, law, verdict, lengths)
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Pass it on."""
+        self.drafter.join(rows, pictures)
+
 
 class AsFixed:
     """A drafter's guesses under the law that is true of any guess: given the past it is a fixed token, q a point mass."""
@@ -136,6 +140,10 @@ class AsFixed:
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Pass it on."""
         self.drafter.observe(step, law, verdict, lengths)
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Pass it on."""
+        self.drafter.join(rows, pictures)
 
 
 class Replay:
@@ -156,6 +164,9 @@ class Replay:
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Nothing to learn."""
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Nothing to forget."""
 
 
 def rule_under_jacobi(make_rule: MakeRule, redraft: Redraft, init: str, window: int) -> Build:

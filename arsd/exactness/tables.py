@@ -34,7 +34,7 @@ class TableTarget:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.num_tokens, self.batch, self.streams = vocab, num_tokens, batch, streams
-        self.device, self.dtype = torch.device("cpu"), torch.float64
+        self.device, self.dtype, self.unread = torch.device("cpu"), torch.float64, 0
         self.tables = [
             sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)
             for n in range(num_tokens)
@@ -45,9 +45,13 @@ class TableTarget:
         self.context = torch.zeros(batch, num_tokens + 130, dtype=torch.int64)  # what a KV cache would remember
         self.lengths = torch.zeros(batch, dtype=torch.int64)
 
-    def prefill(self, pass_tokens: int) -> int:
-        """Nothing to feed: 0 passes."""
+    def prefill(self, starts: list[int], pass_tokens: int) -> int:
+        """Nothing to read: 0 passes."""
         return 0
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Forget the context of ``rows``: every picture has the same condition."""
+        self.context[rows] = 0
 
     def rollback(self, lengths: Tensor) -> None:
         """Note the committed lengths [B], which the next pass must start from."""
@@ -117,8 +121,8 @@ def run(
         strategy: a :class:`arsd.decoding.DecodingStrategy`; not needed with ``parts``.
         config: sampling options; plain sampling when not given.
         grammar: forced and allowed ids; its ``num_tokens`` are decoded.
-        seeds: one per row, 0 when not given.
-        images: index of each row's picture; 0, 1, ... when not given.
+        seeds: one per picture, 0 when not given.
+        images: index of each picture; 0, 1, ... when not given.
         noise: stands in for the production noise, e.g. a choice tape.
         row_length: tokens per line of the picture.
         parts: makes the parts of the loop, instead of ``strategy``.
@@ -126,7 +130,8 @@ def run(
     """
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
-    noise = noise or CounterNoise(seeds or [0] * target.batch, images or list(range(target.batch)))
+    count = request.get("pictures") or target.batch
+    noise = noise or CounterNoise(seeds or [0] * count, images or list(range(count)), batch=target.batch)
     setting = Setting(target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
     wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)

@@ -110,12 +110,12 @@ def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[
         if len(depth) > CHUNK:
             waiting.append((digits[CHUNK:], depth[CHUNK:]))
             digits, depth = digits[:CHUNK], depth[:CHUNK]
-        tape = ChoiceTape(digits, depth)
-        tokens = world.decode(len(depth), build, tape).tokens
-        law.index_add_(0, world.number(tokens), tape.weight)
         paths += len(depth)
         if limit is not None and paths > limit:
             raise NotEnumerable(f"more than {limit:,} paths")
+        tape = ChoiceTape(digits, depth)
+        tokens = world.decode(len(depth), build, tape).tokens
+        law.index_add_(0, world.number(tokens), tape.weight)
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)

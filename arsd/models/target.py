@@ -12,7 +12,7 @@ from arsd.errors import InputError
 
 
 class DecoderTarget:
-    """A stock decoder, its head, and the embedded condition of every row and guidance stream.
+    """A stock decoder, its head, and the embedded condition of every picture and guidance stream.
 
     Streams lie one after another in the batch of the model: rows [0, B) are conditional, [B, 2B) unconditional. All streams
     of a row carry the same image tokens in one pass.
@@ -21,10 +21,11 @@ class DecoderTarget:
         decoder: a transformers decoder without head (``LlamaModel``, ...), called with ``inputs_embeds``.
         head: hidden states to logits.
         embed: token ids to embeddings.
-        condition: embedded condition [S, B, P, D], P >= 1.
-        num_tokens: image tokens per row.
+        condition: embedded condition of all M pictures [S, M, P, D], P >= 1.
+        num_tokens: image tokens per picture.
         max_pass_tokens: the longest pass.
-        padding: [S, B, P], True at padded condition slots; the last slot must be real.
+        padding: [S, M, P], True at padded condition slots; the last slot must be real.
+        batch: rows B; at first row b holds picture b. ``None``: as many as pictures.
     """
 
     def __init__(
@@ -36,65 +37,77 @@ class DecoderTarget:
         num_tokens: int,
         max_pass_tokens: int,
         padding: Tensor | None = None,
+        batch: int | None = None,
     ) -> None:
         if condition.ndim != 4 or condition.shape[2] < 1:
-            raise InputError(f"the condition must be [streams, rows, slots >= 1, width], not {tuple(condition.shape)}")
+            raise InputError(f"the condition must be [streams, pictures, slots >= 1, width], not {tuple(condition.shape)}")
         self.decoder, self.head, self.embed = decoder, head, embed
-        self.streams, self.batch, self.prefix = condition.shape[:3]
-        self.condition = condition.flatten(0, 1)
+        self.streams, pictures, self.prefix = condition.shape[:3]
+        self.batch = min(batch or pictures, pictures)
+        self.unread = self.prefix - 1
+        self.condition, self.padding = condition, padding if padding is not None and bool(padding.any()) else None
         self.device, self.dtype = condition.device, condition.dtype
-        config = decoder.config
-        self.vocab = int(getattr(head, "out_features", config.vocab_size))
-        size = self.prefix + num_tokens + max_pass_tokens
-        rows = self.streams * self.batch
-        hidden = None
-        if padding is not None:
-            hidden = torch.zeros(rows, size, dtype=torch.bool, device=self.device)
-            hidden[:, : self.prefix] = padding.flatten(0, 1)
-        self.cache = RowCache(
-            config.num_hidden_layers,
-            rows,
-            config.num_key_value_heads,
-            size,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            self.dtype,
-            self.device,
-            hidden,
-        )
+        self.pictures = torch.arange(self.batch, device=self.device)  # the picture of each row
+        self._slots = torch.arange(max(max_pass_tokens, self.prefix), device=self.device)
+        self.cache = self._make_cache(self.prefix + num_tokens + max_pass_tokens)
+        self.vocab = int(getattr(head, "out_features", decoder.config.vocab_size))
 
-    def prefill(self, pass_tokens: int) -> int:
-        """Feed all condition slots but the last, in passes of ``pass_tokens`` (one pass when that is 1)."""
-        length = self.prefix - 1
-        if not length:
-            return 0
-        step = pass_tokens if pass_tokens > 1 else length
-        passes = 0
-        for start in range(0, length, step):
-            part = self.condition[:, start : start + step]
-            part = part[:, : length - start]
-            if part.shape[1] < step:  # the pass keeps its shape; what lies behind the condition is overwritten later
-                part = torch.cat([part, part.new_zeros(len(part), step - part.shape[1], part.shape[2])], dim=1)
-            self.cache.rollback(torch.full_like(self.cache.lengths, start))
-            self._run(part)
-            passes += 1
-        self.cache.rollback(torch.full_like(self.cache.lengths, length))
+    def _make_cache(self, size: int) -> RowCache:
+        config, rows = self.decoder.config, self.streams * self.batch
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        hidden = None
+        if self.padding is not None:
+            hidden = torch.zeros(rows, size, dtype=torch.bool, device=self.device)
+            hidden[:, : self.prefix] = self.padding[:, : self.batch].flatten(0, 1)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        return RowCache(layers, rows, heads, size, head_dim, self.dtype, self.device, hidden)
+
+    def prefill(self, starts: list[int], pass_tokens: int) -> int:
+        """See :class:`arsd.decoding.types.Target`: in passes of ``pass_tokens``, or one long pass when that is 1."""
+        behind, passes = -min(0, *starts), 0
+        step = pass_tokens if pass_tokens > 1 else behind
+        lengths = torch.tensor(starts, device=self.device)
+        while behind > 0:
+            self.rollback(lengths)
+            embeds = self._with_condition(self.condition.new_zeros(1).expand(self._shape(step)), lengths)
+            self._run(embeds, idle=(lengths >= 0).repeat(self.streams))
+            lengths = torch.where(lengths < 0, (lengths + step).clamp_max(0), lengths)
+            behind, passes = behind - step, passes + 1
         return passes
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
         """See :class:`arsd.decoding.types.Target`."""
-        embeds = self.embed(tokens).to(self.dtype).repeat(self.streams, 1, 1)
-        if 0 in starts:
-            fresh = (lengths == 0).repeat(self.streams)[:, None]
-            embeds[:, 0] = torch.where(fresh, self.condition[:, -1], embeds[:, 0])
+        embeds = self.embed(tokens).to(self.dtype).expand(self.streams, -1, -1, -1)
+        if min(starts) <= 0:
+            embeds = self._with_condition(embeds, lengths)
         logits = self.head(self._run(embeds))
         return logits.view(self.streams, self.batch, *logits.shape[1:])
 
     def rollback(self, lengths: Tensor) -> None:
         """See :class:`arsd.decoding.types.Target`: entries for all committed tokens but the last."""
-        self.cache.rollback((lengths + (self.prefix - 1)).expand(self.streams, -1).flatten())
+        self.cache.rollback((lengths + self.unread).expand(self.streams, -1).flatten())
 
-    def _run(self, embeds: Tensor) -> Tensor:
-        positions, mask = self.cache.begin(embeds.shape[1])
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """See :class:`arsd.decoding.types.Target`."""
+        self.pictures[rows] = torch.tensor(pictures, device=self.device)
+        if self.padding is not None:
+            index = torch.tensor([s * self.batch + b for s in range(self.streams) for b in rows], device=self.device)
+            hidden = self.padding.new_zeros(len(index), self.cache.get_max_length())
+            hidden[:, : self.prefix] = self.padding[:, pictures].flatten(0, 1)
+            self.cache.hide(index, hidden)
+
+    def _shape(self, width: int) -> tuple[int, int, int, int]:
+        return self.streams, self.batch, width, self.condition.shape[-1]
+
+    def _with_condition(self, embeds: Tensor, lengths: Tensor) -> Tensor:
+        """``embeds`` [S, B, T, D] with condition slots where the pass lies in the condition."""
+        slots = (self.unread + lengths)[:, None] + self._slots[: embeds.shape[2]]
+        given = self.condition[:, self.pictures[:, None], slots.clamp_max(self.prefix - 1)]
+        return torch.where((slots < self.prefix)[..., None], given, embeds)
+
+    def _run(self, embeds: Tensor, idle: Tensor | None = None) -> Tensor:
+        embeds = embeds.reshape(-1, *embeds.shape[2:])
+        positions, mask = self.cache.begin(embeds.shape[1], idle)
         out = self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,

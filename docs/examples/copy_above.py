@@ -33,6 +33,10 @@ class CopyAbove:
         place = torch.where(committed, step.positions, self.tokens.shape[1] - 1)
         self.tokens.scatter_(1, place, verdict.tokens)
 
+    def join(self, rows, pictures):
+        """Begin other pictures."""
+        self.tokens[rows] = 0
+
 
 @arsd.register_rule("take-or-leave")
 class TakeOrLeave:

@@ -1,0 +1,192 @@
+"""Is a picture the plain AR sample of its seed? Recomputed from its record: prompt features, every arg-max, the pixels.
+
+What this proves: that the named model, with this prompt, seed and sampling options, gives these tokens and these pixels.
+What it is not: a signature. Anybody can make pictures and records, seeds can be searched for one that suits, and of a
+picture whose record was removed nothing can be said.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from arsd.decoding import CounterNoise, DecodeRequest, LawConfig, Laws, decode
+from arsd.decoding.replay import Replay
+from arsd.errors import ArsdError
+from arsd.provenance import read_record, tokens_sha256, unpack_tokens
+
+# Where the arithmetic of the verifying machine is not that of the generating one (another probe, see `arsd.shapes`): how far
+# apart two scores may be for the arg-max to have changed places, and how many tokens of a picture may have done so.
+# Measured on the shipped model (teacher forcing in other pass shapes): docs/verification.md.
+MARGINS = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 1.0, "float16": 0.2}
+ALLOWED = {"float64": 0, "float32": 1, "bfloat16": 16, "float16": 4}
+PIXEL_LEVELS = 1  # of 255, by which a pixel may then differ
+
+VERIFIED, REFUTED, UNKNOWN = "verified", "refuted", "unknown"
+
+
+@dataclass
+class Verification:
+    """What can be said of one picture.
+
+    Args:
+        path: of the file, or ``""``.
+        result: ``verified``, ``refuted`` or ``unknown``.
+        reason: why, in a few words.
+        same_arithmetic: whether this machine computes bit for bit as the one that made the picture (its probe).
+        mismatches: tokens that are not what the seed gives; with other arithmetic, those that no rounding explains.
+        near_ties: tokens that are not the arg-max here, but within the margin that other arithmetic explains.
+        pixels_match: whether the decoded tokens are the picture.
+        forward_passes: what it took.
+    """
+
+    path: str
+    result: str
+    reason: str
+    same_arithmetic: bool | None = None
+    mismatches: int = 0
+    near_ties: int = 0
+    pixels_match: bool | None = None
+    forward_passes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Case:
+    """A picture whose record can be followed."""
+
+    index: int
+    image: Image.Image
+    record: dict[str, Any]
+    tokens: Tensor
+    law: LawConfig
+
+
+def verify_pictures(pipe: Any, sources: Sequence[Any]) -> list[Verification]:
+    """Verify pictures with a pipeline; those of one pass shape share their passes.
+
+    Args:
+        pipe: an image pipeline.
+        sources: paths or PIL images that carry their record (opened from a PNG that arsd wrote).
+    """
+    results: list[Verification | None] = [None] * len(sources)
+    groups: dict[tuple[Any, ...], list[_Case]] = defaultdict(list)
+    for index, source in enumerate(sources):
+        path = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "filename", ""))
+        checked = _read(pipe, index, source)
+        if isinstance(checked, _Case):
+            key = (checked.record["batch"], checked.record["pass_tokens"], checked.law)
+            groups[key].append(checked)
+        else:
+            results[index] = Verification(path, *checked)
+    for (batch, pass_tokens, law), cases in groups.items():
+        for first in range(0, len(cases), batch):
+            part = cases[first : first + batch]
+            for case, result in zip(part, _judge(pipe, part, batch, pass_tokens, law), strict=True):
+                source = sources[case.index]
+                result.path = str(source if isinstance(source, (str, Path)) else getattr(source, "filename", ""))
+                results[case.index] = result
+    return [result for result in results if result is not None]
+
+
+def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
+    """The picture to be judged, or (result, reason) where that can be said at once."""
+    try:
+        image, record = read_record(source)
+    except ArsdError as error:
+        return UNKNOWN, str(error)
+    if not record.get("seed_exact"):
+        return UNKNOWN, f"{record.get('decoder', 'its decoder')} is not seed-exact: no one picture belongs to a seed"
+    if record.get("model_hash") is None or record["model_hash"] != pipe.model_hash:
+        named = f"{record.get('model')} ({str(record.get('model_hash'))[:12]})"
+        return UNKNOWN, f"it was made by {named}, which is another model than the one at hand"
+    if "prompt" not in record and "class_label" not in record:
+        return UNKNOWN, "it was made from features that the record does not hold"
+    if record.get("dtype") != str(pipe.dtype).removeprefix("torch."):
+        return UNKNOWN, f"it was made in {record.get('dtype')}: load the model in that dtype"
+    try:
+        tokens = torch.from_numpy(unpack_tokens(record["tokens"]).copy())
+        law = LawConfig(**record["sampling"])
+        numbers = [record[name] for name in ("batch", "pass_tokens", "noise_seed", "image_index")]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    except (ArsdError, ValueError, KeyError, TypeError, OSError, ArithmeticError) as error:
+        return UNKNOWN, f"its record is damaged ({type(error).__name__})"
+    except Exception as error:  # zlib and binascii have their own
+        return UNKNOWN, f"its tokens cannot be read ({type(error).__name__})"
+    if not whole or not 1 <= numbers[0] <= 4096 or not 1 <= numbers[1] <= 4096:
+        return UNKNOWN, "its record is damaged (pass shape or seed)"
+    grammar = pipe.make_grammar()
+    if len(tokens) != grammar.num_tokens or int(tokens.max()) >= grammar.vocab:
+        return REFUTED, f"this model makes {grammar.num_tokens} tokens below {grammar.vocab}"
+    if tokens_sha256(tokens) != record.get("tokens_sha256"):
+        return REFUTED, "the tokens do not have the recorded hash"
+    return _Case(index, image, record, tokens, law)
+
+
+def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig) -> list[Verification]:
+    """Teacher-force up to ``batch`` pictures of one shape in the rows of one batch, and compare their pixels."""
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    filled = cases + [cases[0]] * (batch - len(cases))  # the pass keeps its shape
+    try:
+        condition, padding = _conditions(pipe, filled, law)
+    except ArsdError as error:
+        return [Verification("", REFUTED, f"its prompt cannot have made it: {error}") for _ in cases]
+    device = condition.device
+    noise = CounterNoise([c.record["noise_seed"] for c in filled], [c.record["image_index"] for c in filled], device)
+    replay = Replay(torch.stack([c.tokens for c in filled]).to(device), MARGINS[dtype])
+    grammar = pipe.make_grammar()
+    target = pipe.target_maker(condition, padding)(pass_tokens, batch)
+    request = DecodeRequest(grammar.num_tokens)
+    stats = decode(target, replay.parts(pass_tokens), Laws(law, grammar), noise, request, batch).stats
+    probe = pipe.arithmetic_probe(batch, pass_tokens, law.guidance_scale != 1)
+    passes = stats.forward_passes + stats.prefill_passes
+    with torch.inference_mode():
+        decoded = (pipe.decode_pixels(replay.tokens[: len(cases)]).float().clamp(-1, 1) + 1) / 2
+    results = []
+    for b, case in enumerate(cases):
+        exact = case.record.get("probe") == probe
+        flips, hard = int(replay.flips[b].sum()), int((replay.gaps[b] > MARGINS[dtype]).sum())
+        pixels = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
+        results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes))
+    return results
+
+
+def _conditions(pipe: Any, cases: list[_Case], law: LawConfig) -> tuple[Tensor, Tensor | None]:
+    if "prompt" in cases[0].record:
+        inputs: dict[str, Any] = {"prompt": [str(c.record["prompt"]) for c in cases]}
+    else:
+        inputs = {"class_labels": [c.record["class_label"] for c in cases]}
+    with torch.no_grad():
+        condition, padding, _ = pipe.encode_inputs(**inputs, guided=law.guidance_scale != 1)
+    return condition, padding
+
+
+def _verdict(exact: bool, flips: int, hard: int, allowed: int, pixels: bool, passes: int) -> Verification:
+    """What the figures of one picture say; with the same arithmetic nothing may differ at all."""
+    near = 0 if exact else flips - hard
+    mismatches = flips if exact else hard
+    result, reason = VERIFIED, "it is the plain AR sample of its seed" + ("" if exact else ", up to rounding")
+    if mismatches:
+        result, reason = REFUTED, f"{mismatches} of its tokens are not what its seed gives"
+    elif near > allowed:
+        result, reason = REFUTED, f"{near} near-ties went the other way, more than other arithmetic explains ({allowed})"
+    elif not pixels:
+        result, reason = REFUTED, "its pixels are not what its tokens decode to"
+    return Verification("", result, reason, exact, mismatches, near, pixels, passes)
+
+
+def _same_pixels(image: Image.Image, decoded: Tensor, levels: int) -> bool:
+    ours = np.round(decoded.permute(1, 2, 0).cpu().numpy() * 255).astype(np.int16)
+    theirs = np.asarray(image, dtype=np.int16)
+    return ours.shape == theirs.shape and int(np.abs(ours - theirs).max()) <= levels

@@ -1,0 +1,197 @@
+"""Do bits depend on where in a pass a token is computed? And how far apart are different pass shapes?
+
+    python benchmarks/pass_shapes.py bits       # same input at every place and row: the same bits or not, by shape
+    python benchmarks/pass_shapes.py length     # attention over the full cache under a mask, against slicing: cost and bits
+    python benchmarks/pass_shapes.py replay     # teacher forcing in other shapes: how many arg-maxes change places
+
+Options as in benchmarks/tables.py; --dtypes, --attention. `replay` sets the limits of `arsd verify` for another arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import load
+from tables import inputs_of, sync
+
+import arsd
+from arsd.cache import RowCacheLayer
+from arsd.cli.common import table
+from arsd.decoding import CounterNoise, DecodeRequest, Laws, decode
+from arsd.decoding.replay import Replay
+from arsd.devices import DTYPES, device_kind, resolve_device
+from arsd.shapes import study_shape
+from arsd.verification import ALLOWED, MARGINS
+
+HERE = Path(__file__).parent
+
+
+def same_rows(pipe: Any, batch: int, pass_tokens: int) -> Any:
+    """A target whose rows all have one condition."""
+    condition, padding, _ = pipe.encode_inputs(**one_input(pipe))
+    many = condition.expand(-1, batch, -1, -1)
+    return pipe.target_maker(many, None if padding is None else padding.expand(-1, batch, -1))(pass_tokens, batch)
+
+
+def one_input(pipe: Any) -> dict[str, Any]:
+    first = inputs_of(pipe, 1)
+    return {"class_labels": first} if isinstance(first[0], int) else {"prompt": first}
+
+
+@torch.no_grad()
+def bits(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Largest difference of logits over places, rows and both, and from the first shape."""
+    kept = []
+    for dtype in arguments.dtypes:
+        pipe = load(arguments.model, device, DTYPES[dtype])
+        total, vocab = pipe.make_grammar().num_tokens, pipe.make_grammar().vocab
+        tokens = torch.randint(0, vocab, (total,), generator=torch.Generator().manual_seed(0))
+        for attention in arguments.attention:
+            pipe.transformer.lm.model.config._attn_implementation = attention
+            first = None
+            for batch in arguments.batches:
+                for width in arguments.widths:
+                    contexts = [total // 4, total // 2 + 3, total - 2]
+                    report = study_shape(same_rows(pipe, batch, width), tokens, width, contexts)
+                    first = report.reference if first is None else first
+                    shape = {"dtype": dtype, "attention": attention, "batch": batch, "pass_tokens": width}
+                    spread = {"places": report.places, "rows": report.rows, "everywhere": report.everywhere}
+                    away = float((report.reference - first).abs().amax())
+                    kept.append({**shape, **spread, "from the first shape": away})
+    print(table(list(kept[0]), [[f"{v:.1e}" if isinstance(v, float) and v else v for v in row.values()] for row in kept]))
+    return kept
+
+
+@contextmanager
+def sliced(target: Any) -> Iterator[None]:
+    """Let attention see only the part of the cache that is in use, as most engines do."""
+    update, begin = RowCacheLayer.update, target.cache.begin
+    used = 0
+
+    def short_begin(num_tokens: int, idle: Any = None) -> Any:
+        nonlocal used
+        positions, mask = begin(num_tokens, idle)
+        used = int(positions.max()) + 1
+        return positions, mask[..., :used]
+
+    def short_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, *args, **kwargs)
+        return keys[:, :, :used], values[:, :, :used]
+
+    RowCacheLayer.update, target.cache.begin = short_update, short_begin
+    try:
+        yield
+    finally:
+        RowCacheLayer.update, target.cache.begin = update, begin
+
+
+@torch.no_grad()
+def length(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Milliseconds of a pass at three fill levels, and whether a slot's bits change with its place in the pass."""
+    kept = []
+    for dtype in arguments.dtypes:
+        pipe = load(arguments.model, device, DTYPES[dtype])
+        total, vocab = pipe.make_grammar().num_tokens, pipe.make_grammar().vocab
+        tokens = torch.randint(0, vocab, (total,), generator=torch.Generator().manual_seed(0))
+        for batch in arguments.batches:
+            for width in arguments.widths:
+                target = same_rows(pipe, batch, width)
+                full, short = pass_times(target, batch, width, total, arguments.repeats)
+                with sliced(target):
+                    spread = study_shape(target, tokens, width, [total // 4, total // 2 + 3, total - 2]).everywhere
+                times = {"full, ms": 1e3 * full, "sliced, ms": 1e3 * short, "full / sliced": full / short}
+                kept.append({"dtype": dtype, "batch": batch, "pass_tokens": width, **times, "bits, sliced": spread})
+    show = [[f"{v:.3g}" if isinstance(v, float) and v else v for v in row.values()] for row in kept]
+    print(table(list(kept[0]), show))
+    return kept
+
+
+def pass_times(target: Any, batch: int, width: int, total: int, repeats: int) -> tuple[float, float]:
+    """Median seconds of a pass, over the full cache and sliced, in turns."""
+    readings: dict[bool, list[float]] = {False: [], True: []}
+    tokens = torch.zeros(batch, width, dtype=torch.int64, device=target.device)
+    for _ in range(repeats + 1):
+        for start in (total // 8, total // 2, total - width):
+            starts = [start] * batch
+            lengths = torch.tensor(starts, device=target.device)
+            target.rollback(lengths)
+            for short in readings:
+                sync(target.device)
+                begin = time.perf_counter()
+                if short:
+                    with sliced(target):
+                        target.forward(tokens, lengths, starts)
+                else:
+                    target.forward(tokens, lengths, starts)
+                sync(target.device)
+                readings[short].append(time.perf_counter() - begin)
+    return statistics.median(readings[False][3:]), statistics.median(readings[True][3:])
+
+
+@torch.no_grad()
+def replay(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Pictures made in the first shape, teacher-forced in the others: arg-maxes that change places, and by what margin."""
+    kept = []
+    for dtype in arguments.dtypes:
+        pipe = load(arguments.model, device, DTYPES[dtype])
+        inputs, count = inputs_of(pipe, arguments.pictures), arguments.pictures
+        given = {"prompt": inputs} if not isinstance(inputs[0], int) else {"class_labels": inputs}
+        made = {"batch_size": arguments.batches[0], "output_type": "latent", "progress": False}
+        decoder = arsd.SJD(window=arguments.widths[0])
+        out = pipe(**given, decoder=decoder, generator=torch.Generator().manual_seed(11), **made)
+        condition, padding, _ = pipe.encode_inputs(**given)
+        for batch in arguments.batches:
+            for width in arguments.widths:
+                flips, gaps = [], []
+                for start in range(0, count - batch + 1, batch):
+                    part = slice(start, start + batch)
+                    grammar, part_padding = pipe.make_grammar(), None if padding is None else padding[:, part]
+                    noise = CounterNoise(out.seeds[part], out.image_indices[part], device)
+                    forced = Replay(out.tokens[part], MARGINS[dtype])
+                    target = pipe.target_maker(condition[:, part], part_padding)(width, batch)
+                    request = DecodeRequest(grammar.num_tokens)
+                    decode(target, forced.parts(width), Laws(out.law_config, grammar), noise, request, batch)
+                    flips += forced.flips.sum(1).tolist()
+                    gaps.append(forced.gaps)
+                ordered = sorted(flips)
+                counts = {"mean": statistics.fmean(flips), "99.9 %": ordered[-1 - len(flips) // 1000], "most": ordered[-1]}
+                largest = float(torch.cat(gaps).amax())
+                row = {"dtype": dtype, "batch": batch, "pass_tokens": width, "pictures": len(flips), **counts}
+                kept.append({**row, "largest gap": largest, "margin": MARGINS[dtype], "allowed": ALLOWED[dtype]})
+                print(kept[-1], flush=True)
+    show = [[f"{v:.3g}" if isinstance(v, float) and v else v for v in row.values()] for row in kept]
+    print(table(list(kept[0]), show))
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = {"bits": bits, "length": length, "replay": replay}
+    parser.add_argument("study", choices=list(studies))
+    parser.add_argument("--model", default="emoji-128")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--pictures", type=int, default=200)
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    print(f"{arguments.model}, {device_kind(device)}, torch {torch.__version__}\n")
+    rows = studies[arguments.study](arguments, device)
+    made = {"model": arguments.model, "device": device_kind(device), "torch": torch.__version__, "rows": rows}
+    name = f"shapes-{arguments.study}.{Path(arguments.model).name}.{device_kind(device).replace(' ', '-')}.json"
+    (HERE / "results" / name).write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
