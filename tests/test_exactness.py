@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,17 +13,7 @@ from arsd.decoding.rules import RejectionSampling
 from arsd.decoding.types import FixedWindow
 from arsd.exactness.tables import Build, World, chi_square_z, law_z, pairs_z, sample, total_variation
 from arsd.exactness.tape import push_forward
-
-INITS = ("uniform", "random", "left", "above")
-GUIDED = LawConfig(guidance_scale=2.0, top_k=2)
-COOL = LawConfig(guidance_scale=3.0, temperature=0.7, top_p=0.9)
-WORLDS: dict[str, Callable[[int], World]] = {
-    "two ids, four tokens": lambda seed: World(2, 4, seed),
-    "three ids, three tokens": lambda seed: World(3, 3, seed),
-    "guided top-k 2 of 3 with a forced token": lambda seed: World(3, 4, seed, GUIDED, forced={2: 1}),
-    "guided with forbidden ids": lambda seed: World(3, 3, seed, LawConfig(guidance_scale=2.0), forbidden={1: 0, 2: 2}),
-    "guided top-p, forced start, far above": lambda seed: World(3, 4, seed, COOL, forced={0: 2}, row_length=3),
-}
+from arsd.exactness.worlds import GUIDED, INITS, WORLDS
 
 
 def redraft_in_turn(step: Step, law: Law, verdict: Verdict) -> torch.Tensor:

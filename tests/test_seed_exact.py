@@ -7,33 +7,11 @@ import torch
 
 from arsd.decoding import SJD, Autoregressive, Grammar, LawConfig
 from arsd.exactness.tables import HashTarget, run
+from arsd.exactness.worlds import IMAGES, INITS, LAWS, LENGTH, ROW, SEEDS, VOCAB, picture_grammar
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.target import DecoderTarget
 
-VOCAB, LENGTH, ROW = 12, 45, 9
-INITS = ("uniform", "random", "left", "above")
 COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")
-SEEDS, IMAGES = [5, 5, -1, 2**63 + 11, 0], [0, 1, 0, 7, 3]
-
-
-def picture_grammar() -> Grammar:
-    """Rows that end in a forced id, which stands nowhere else; the first row has half of the codes only."""
-    allowed = torch.ones(2, VOCAB, dtype=torch.bool)
-    allowed[:, -1] = False
-    allowed[0, ::2] = False
-    ends = {position: VOCAB - 1 for position in range(ROW - 1, LENGTH, ROW)}
-    return Grammar(LENGTH, VOCAB, ends, allowed, [0] * ROW + [1] * (LENGTH - ROW))
-
-
-LAWS = {
-    "plain": LawConfig(),
-    "guidance": LawConfig(guidance_scale=3.0),
-    "guidance at first": LawConfig(guidance_scale=3.0, guidance_interval=20),
-    "top-k": LawConfig(guidance_scale=2.0, top_k=4),
-    "top-p": LawConfig(top_p=0.8, temperature=0.9),
-    "cold": LawConfig(guidance_scale=1.5, temperature=0.3),
-    "temperature 0": LawConfig(temperature=0.0),
-}
 
 
 def tokens_of(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
 
 from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.registry import Registered, find_drafter, find_rule, register_drafter, register_rule

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from arsd.decoding import Draft, Law, Parts, Setting, Step, Verdict
-from arsd.decoding.drafters import Jacobi, Redraft
+from arsd.decoding.drafters import Jacobi, NoDraft, Redraft
 from arsd.decoding.rules import SeedExact
 from arsd.decoding.types import Drafter, FixedWindow, Rule
 from arsd.exactness.tables import Build
+from arsd.exactness.tape import ChoiceTape
+from arsd.plugins import one_line
 
 MakeRule = Callable[[], Any]
 MakeDrafter = Callable[[Setting], Any]
@@ -55,7 +57,12 @@ class GuardedRule:
         Raises:
             ProtocolError: when it is not one.
         """
-        verdict = self.rule.verify(step, law, draft)
+        try:
+            verdict = self.rule.verify(step, law, draft)
+        except (AttributeError, TypeError, AssertionError) as error:
+            if draft.law is None and "NoneType" in str(error):
+                raise ProtocolError(f"a rule that reads Draft.law must say needs_law = True ({one_line(error)})") from error
+            raise
         if not isinstance(verdict, Verdict):
             raise ProtocolError(f"verify must return a Verdict, not {type(verdict).__name__}")
         batch, window, vocab = law.scores.shape
@@ -65,7 +72,7 @@ class GuardedRule:
         if verdict.near_tie is not None:
             _expect("Verdict.near_tie", verdict.near_tie, (batch, window), "[B, W]", (torch.bool,))
         active = step.width > 0
-        if bool((active & (verdict.count < 1)).any()):
+        if bool((verdict.count < active).any()):
             raise ProtocolError("Verdict.count must be at least 1 in every row that is not finished, or decoding never ends")
         if bool((verdict.count > step.width).any()):
             raise ProtocolError(
@@ -88,6 +95,8 @@ class GuardedDrafter:
         Raises:
             ProtocolError: when they are none.
         """
+        if isinstance(step.noise, ChoiceTape):
+            step.noise.live = step.width > 0
         draft = self.drafter.propose(step)
         if not isinstance(draft, Draft):
             raise ProtocolError(f"propose must return a Draft, not {type(draft).__name__}")
@@ -110,6 +119,10 @@ class GuardedDrafter:
         """Pass it on."""
         self.drafter.observe(step, law, verdict, lengths)
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Pass it on."""
+        self.drafter.join(rows, pictures)
+
 
 class AsFixed:
     """A drafter's guesses under the law that is true of any guess: given the past it is a fixed token, q a point mass."""
@@ -127,6 +140,10 @@ class AsFixed:
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Pass it on."""
         self.drafter.observe(step, law, verdict, lengths)
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Pass it on."""
+        self.drafter.join(rows, pictures)
 
 
 class Replay:
@@ -147,6 +164,9 @@ class Replay:
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Nothing to learn."""
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Nothing to forget."""
 
 
 def rule_under_jacobi(make_rule: MakeRule, redraft: Redraft, init: str, window: int) -> Build:
@@ -176,8 +196,9 @@ def drafter_under(make_drafter: MakeDrafter, make_rule: MakeRule, window: int, f
 
     def build(setting: Setting) -> Parts:
         rule, vocab = make_rule(), setting.grammar.vocab
-        told = replace(setting, window=window, rule=SeedExact() if fixed else rule)
-        drafter: Drafter = GuardedDrafter(make_drafter(told), vocab)
-        return Parts(AsFixed(drafter, vocab) if fixed else drafter, GuardedRule(rule), FixedWindow(window), window)
+        made = make_drafter(replace(setting, window=window, rule=SeedExact() if fixed else rule))
+        drafter: Drafter = GuardedDrafter(made, vocab)
+        slots = FixedWindow(1 if isinstance(made, NoDraft) else window)  # as Speculative has it
+        return Parts(AsFixed(drafter, vocab) if fixed else drafter, GuardedRule(rule), slots, window)
 
     return build

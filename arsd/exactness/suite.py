@@ -20,6 +20,7 @@ from torch import Tensor
 from arsd.decoding import CounterNoise, Grammar, Setting
 from arsd.decoding.drafters import Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.errors import StrategyError
 from arsd.exactness.guard import MakeDrafter, MakeRule, drafter_under, rule_under_jacobi, rule_under_replay
 from arsd.exactness.tables import Build, World, law_z, pairs_z, sample, total_variation
 from arsd.exactness.tape import NotEnumerable, push_forward
@@ -27,7 +28,8 @@ from arsd.exactness.worlds import INITS, LAWS, SAMPLED, VOCAB, WORLDS, picture, 
 from arsd.plugins import one_line
 
 SEQUENCES, QUICK_SEQUENCES = 100_000, 20_000
-PATHS = 1_000_000  # enough for every sampler of this package several times over
+PATHS = 300_000  # per check: enough for every sampler of this package, and a few seconds
+WINDOWS = range(1, 25)
 TV_BAR, Z_BAR = 1e-12, 5.0
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 
@@ -104,6 +106,8 @@ class _Suite:
             verdict = PASS if good else FAIL
         except NotEnumerable as reason:
             figure, verdict = str(reason), SKIPPED
+        except StrategyError:  # an option that it does not take: a mistake of the caller, no verdict on the method
+            raise
         except Exception as error:  # somebody else's code may fail in any way
             figure, verdict, self.broken = one_line(error), FAIL, True
         self.report.checks.append(Check(name, figure, bar, verdict, exact, time.perf_counter() - began))
@@ -125,8 +129,11 @@ def check_rule(
         make: makes the rule; called anew for every decode.
         lossless: its claim, for the report; a relaxed rule is measured all the same.
         seed_exact: its claim; adds the comparison with plain AR token by token.
-        sequences: samples per chi-square; a bias shows in proportion to its root.
+        sequences: samples per chi-square; four times as many show half the bias.
         progress: called with the name of each check as it begins.
+
+    Raises:
+        StrategyError: when the rule itself refuses an option. Everything else that it raises is a failed check.
     """
     suite = _Suite(Report("rule", lossless, seed_exact), progress)
     redrafts: dict[str, Redraft] = {"independent": redraft_independently}
@@ -141,12 +148,13 @@ def check_rule(
 
     suite.run("keeps the protocol", "no error", protocol)
     kinds = list(itertools.product(INITS, redrafts.values()))
+    _run_rows(suite, one)
     _run_paths(suite, "", lambda window: [rule_under_jacobi(make, redraft, init, window) for init, redraft in kinds])
     for name, redraft in {**redrafts, "Gumbel-coupled": redraft_by_gumbel}.items():
         _run_samples(suite, f"{name} guesses", partial(rule_under_jacobi, make, redraft, "uniform"), sequences)
-    _run_rows(suite, one)
     if seed_exact:
-        _run_equality(suite, lambda init, window: rule_under_jacobi(make, redraft_by_rule, init, window), exact=True)
+        redraft = redrafts.get("coupled", redraft_independently)
+        _run_equality(suite, partial(rule_under_jacobi, make, redraft), exact=True)
         suite.run("plain AR's tokens: all guesses right, 4 in 5 right", _SAME, lambda: _replayed(make), exact=True)
     return suite.report
 
@@ -164,6 +172,9 @@ def check_drafter(
         make: ``make(setting)`` makes the drafter; called anew for every decode.
         sequences: samples per chi-square.
         progress: called with the name of each check as it begins.
+
+    Raises:
+        StrategyError: when the drafter itself refuses an option. Everything else that it raises is a failed check.
     """
     suite = _Suite(Report("drafter", True, True), progress)
     ways: dict[str, Callable[[int], Build]] = {
@@ -183,9 +194,9 @@ def check_drafter(
     suite.run("keeps the protocol", "no error", protocol)
     _run_equality(suite, lambda init, window: drafter_under(make, SeedExact, window))
     for name, way in ways.items():
+        _run_rows(suite, way(8), f"{name}: ")
         _run_paths(suite, f"{name}, ", partial(_alone, way))
         _run_samples(suite, name, way, sequences)
-        _run_rows(suite, way(8), f"{name}: ")
     return suite.report
 
 
@@ -201,7 +212,7 @@ def _alone(way: Callable[[int], Build], window: int) -> list[Build]:
 def _run_paths(suite: _Suite, prefix: str, builds: Callable[[int], Sequence[Build]]) -> None:
     """Enumerate every world; ``builds`` gives the samplers of a window."""
     for name, world in WORLDS.items():
-        windows = (2, 3, world(0).num_tokens + 2, 1)
+        windows = (2, 3, 1, world(0).num_tokens + 2)
         suite.run(f"every path: {prefix}{name}", _TV, partial(_enumerate, world, windows, builds), exact=True)
 
 
@@ -210,7 +221,7 @@ def _enumerate(
 ) -> tuple[str, bool]:
     """The largest total variation of all samplers, on three seeds of the world in turn."""
     worst, paths, done = 0.0, 0, 0
-    samplers = [build for window in windows for build in builds(window)]
+    samplers = list(itertools.chain(*zip(*map(builds, windows), strict=True)))  # every window before the next kind of guess
     for number, build in enumerate(samplers):
         task = world(number % 3)
         try:
@@ -244,7 +255,7 @@ def _run_samples(suite: _Suite, name: str, build: Callable[[int], Build], sequen
 
 
 def _run_rows(suite: _Suite, build: Build, prefix: str = "") -> None:
-    """A row is a function of its own seed: of nothing else, and of no neighbour. At temperature 0 not even of that."""
+    """A picture is a function of its seed: not of its neighbours, nor of the one before it in a row that is refilled."""
 
     def alone() -> tuple[str, bool]:
         grammar = picture_grammar()
@@ -252,12 +263,13 @@ def _run_rows(suite: _Suite, build: Build, prefix: str = "") -> None:
         again = int((picture(build, "top-k", grammar=grammar) != together).sum())
         rows = torch.cat([picture(build, "top-k", [row], grammar) for row in range(len(together))])
         apart = int((rows != together).sum())
-        return f"{again} on a second run, {apart} in rows decoded alone", again + apart == 0
+        queued = int((picture(build, "top-k", grammar=grammar, batch=2) != together).sum())
+        return f"{again} on a second run, {apart} in rows alone, {queued} in a queue", again + apart + queued == 0
 
     def cold() -> tuple[str, bool]:
         return _differing([(picture(build, "temperature 0"), plain_picture("temperature 0"))])
 
-    suite.run(f"{prefix}a row depends on its seed only", _SAME, alone)
+    suite.run(f"{prefix}a picture depends on its seed only", _SAME, alone)
     suite.run(f"{prefix}temperature 0: the most likely tokens", _SAME, cold)
 
 
@@ -266,7 +278,7 @@ def _run_equality(suite: _Suite, build: Callable[[str, int], Build], exact: bool
 
     def windows() -> tuple[str, bool]:
         plain = plain_picture()
-        return _differing((picture(build(INITS[window % 4], window)), plain) for window in range(1, 25))
+        return _differing((picture(build(INITS[window % 4], window)), plain) for window in WINDOWS)
 
     def laws() -> tuple[str, bool]:
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -281,7 +293,7 @@ def _run_equality(suite: _Suite, build: Callable[[str, int], Build], exact: bool
         alone = torch.cat([plain_picture(rows=[row]) for row in range(5)])
         return _differing((picture(build("uniform", 8), rows=range(rows)), alone[:rows]) for rows in range(1, 6))
 
-    suite.run("plain AR's tokens: windows 1 to 24", _SAME, windows, exact)
+    suite.run(f"plain AR's tokens: windows {WINDOWS[0]} to {WINDOWS[-1]}", _SAME, windows, exact)
     suite.run(f"plain AR's tokens: {len(LAWS)} laws, with and without a grammar", _SAME, laws, exact)
     suite.run("plain AR's tokens: batches of 1 to 5 seeds", _SAME, batches, exact)
 

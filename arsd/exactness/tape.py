@@ -32,15 +32,21 @@ class ChoiceTape:
     Args:
         digits: [B, C] prescribed choices.
         depth: [B] how many columns of a row are prescribed.
+
+    Attributes:
+        live: [B] rows that are not finished, set before each pass for a method that also draws in finished ones. How many
+            passes a finished row still sees depends on its batch, so a branch there would count a path twice.
     """
 
     def __init__(self, digits: Tensor, depth: Tensor) -> None:
         self.digits, self.depth, self.column = digits, depth, 0
         self.weight = torch.ones(len(digits), dtype=torch.float64)
+        self.live: Tensor | None = None
         self.chosen: list[Tensor] = []  # [B, slots] of each call
         self.passed: list[Tensor] = []  # rows of (row, column, option) not taken
 
     def _choose(self, weights: Tensor, active: Tensor) -> Tensor:
+        active = active if self.live is None else active & self.live[:, None]
         slots, columns = weights.shape[1], self.column + torch.arange(weights.shape[1])
         probs = weights.double() / weights.double().sum(-1, keepdim=True)
         possible = probs > NEVER
@@ -73,7 +79,8 @@ class ChoiceTape:
 
     def integers(self, counts: Tensor, purpose: int, positions: Tensor) -> Tensor:
         """A branch per slot [B, W] with ``counts`` equal options."""
-        weights = (torch.arange(int(counts.max())) < counts[..., None]).double()
+        most = int(counts.max()) if counts.numel() else 1  # a window of one slot has no guess to draw
+        weights = (torch.arange(most) < counts[..., None]).double()
         return self._choose(weights, torch.ones_like(counts, dtype=torch.bool))
 
     def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
@@ -103,12 +110,12 @@ def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[
         if len(depth) > CHUNK:
             waiting.append((digits[CHUNK:], depth[CHUNK:]))
             digits, depth = digits[:CHUNK], depth[:CHUNK]
-        tape = ChoiceTape(digits, depth)
-        tokens = world.decode(len(depth), build, tape).tokens
-        law.index_add_(0, world.number(tokens), tape.weight)
         paths += len(depth)
         if limit is not None and paths > limit:
             raise NotEnumerable(f"more than {limit:,} paths")
+        tape = ChoiceTape(digits, depth)
+        tokens = world.decode(len(depth), build, tape).tokens
+        law.index_add_(0, world.number(tokens), tape.weight)
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,27 @@ def picture_grammar() -> Grammar:
     return Grammar(LENGTH, VOCAB, ends, allowed, [0] * ROW + [1] * (LENGTH - ROW))
 
 
-def picture(build: Build, law: str = "plain", rows: Sequence[int] = range(5), grammar: Grammar | None = None) -> Tensor:
-    """Tokens [B, 45] of a long picture: ``rows`` pick from five pairs of seed and image index."""
+def picture(
+    build: Build,
+    law: str = "plain",
+    rows: Sequence[int] = range(5),
+    grammar: Grammar | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Tokens [M, 45] of long pictures.
+
+    Args:
+        build: makes the parts of the loop.
+        law: one of :data:`LAWS`.
+        rows: which of five pairs of seed and image index.
+        grammar: forced and allowed ids.
+        batch: how many are decoded at a time, the others wait; ``None``: all.
+    """
     config = LAWS[law]
-    target = HashTarget(VOCAB, LENGTH, len(rows), streams=2 if config.guidance_scale != 1 else 1)
-    seeds, images = [SEEDS[row] for row in rows], [IMAGES[row] for row in rows]
-    return run(target, parts=build, config=config, grammar=grammar, seeds=seeds, images=images, row_length=ROW).tokens
+    target = HashTarget(VOCAB, LENGTH, batch or len(rows), streams=2 if config.guidance_scale != 1 else 1)
+    keys: dict[str, Any] = {"seeds": [SEEDS[row] for row in rows], "images": [IMAGES[row] for row in rows]}
+    keys["pictures"] = len(rows)
+    return run(target, parts=build, config=config, grammar=grammar, row_length=ROW, **keys).tokens
 
 
 def plain_picture(law: str = "plain", rows: Sequence[int] = range(5), grammar: Grammar | None = None) -> Tensor:
