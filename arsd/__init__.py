@@ -23,6 +23,7 @@ _LAZY = {
     "Speculative": "arsd.decoding.speculative",
     "VQTokenizer": "arsd.tokenizers.vq",
     "parse_strategy": "arsd.decoding.strategies",
+    "save_png": "arsd.provenance",
     "register_drafter": "arsd.decoding.registry",
     "register_rule": "arsd.decoding.registry",
     "shipped_models": "arsd.pipelines.auto",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
     from arsd.pipelines.base import ARPipelineOutput
     from arsd.pipelines.llamagen import LlamaGenPipeline
+    from arsd.provenance import save_png
     from arsd.tokenizers.vq import VQTokenizer
 
 
