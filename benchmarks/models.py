@@ -69,7 +69,8 @@ def load(model: str, device: str | torch.device, dtype: torch.dtype, grid: int |
     if model in RANDOM:
         size = RANDOM[model] if grid is None else {**RANDOM[model], "grid": grid}
         vq = VQTokenizer(size["vocab_size"], 8, 32, 32, [1, 1], 1, 8)  # no pixels are drawn: any tokenizer will do
-        pipe = arsd.LlamaGenPipeline(make_model(size, device, dtype), vq.eval().to(device, dtype))
+        with quiet():
+            pipe = arsd.LlamaGenPipeline(make_model(size, device, dtype), vq.eval().to(device, dtype))
     else:
         with quiet():
             pipe = arsd.AutoARPipeline.from_pretrained(model, dtype=dtype).to(device)

@@ -30,6 +30,7 @@ from arsd.cli.common import table
 from arsd.decoding import LawConfig
 from arsd.devices import resolve_device, resolve_dtype
 
+Contender = Callable[[int], dict[str, Any]]
 PROMPTS = Path(__file__).parent / "prompts" / "bench64.txt"
 
 
@@ -75,7 +76,7 @@ class Contest:
             self.given = [inputs(pipe, k * batch, batch) for k in range(arguments.repeats)]
             self.conditions = [condition_of(pipe, self.config, given) for given in self.given]
 
-    def engine(self, decoder: str) -> Callable[[int], dict[str, Any]]:
+    def engine(self, decoder: str) -> Contender:
         """This engine: the whole call of the pipeline but for text encoder and pixels."""
 
         def stop(pipe: Any, step: int, done: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Contest:
 
         return call
 
-    def generate(self, cache: str, compiled: bool = False) -> Callable[[int], dict[str, Any]]:
+    def generate(self, cache: str, compiled: bool = False) -> Contender:
         """transformers' ``generate``."""
 
         def call(number: int) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Contest:
 
         return call
 
-    def released(self, window: int) -> Callable[[int], dict[str, Any]]:
+    def released(self, window: int) -> Contender:
         """SJD as released."""
 
         def call(number: int) -> dict[str, Any]:
@@ -132,9 +133,9 @@ class Contest:
 
         return call
 
-    def run(self, contenders: dict[str, Callable[[int], dict[str, Any]]], repeats: int) -> list[dict[str, Any]]:
+    def run(self, contenders: dict[str, Contender], arguments: argparse.Namespace) -> list[dict[str, Any]]:
         """Everybody in turns; one row each, compared with the first."""
-        measured = in_turns(contenders, repeats)
+        measured = in_turns(contenders, arguments.repeats, arguments.quiet)
         rows = []
         for name, calls in measured.items():
             figures = {key: [call[key] for call in calls if key in call] for key in ("seconds", "decode", "outside")}
@@ -146,7 +147,7 @@ class Contest:
                     "contender": name,
                     **figures,
                     "batch": self.batch,
-                    "passes": passes / repeats,
+                    "passes": passes / arguments.repeats,
                     "tokens_per_pass": tokens / passes,
                     "tokens_per_second": self.batch / spread(per_token)[0],
                     "seconds_per_pass": sum(figures["seconds"]) / passes,
@@ -167,7 +168,7 @@ def generate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         contenders |= {f"generate, {cache}": contest.generate(cache) for cache in ("dynamic", "static")}
         if arguments.compiled:
             contenders["generate, static, compiled"] = contest.generate("static", True)
-        rows += contest.run(contenders, arguments.repeats)
+        rows += contest.run(contenders, arguments)
     head = ["batch", "", "seconds", "25-75 %", "in the loop", "tokens/s", "times ar", "95 %", "peak MiB"]
     print(table(head, [generate_row(row) for row in rows]))
     return rows
@@ -194,7 +195,7 @@ def released(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     names = ["ar", f"sjd:window={window},coupling=independent,init=random", f"sjd:window={window}"]
     contenders = {name: contest.engine(name) for name in names}
     contenders[f"released, window {window}"] = contest.released(window)
-    rows = contest.run(contenders, arguments.repeats)
+    rows = contest.run(contenders, arguments)
     head = ["", "passes", "tokens/pass", "seconds", "25-75 %", "ms/pass", "times ar", "95 %", "outside the pass"]
     print(table(head, [released_row(row) for row in rows]))
     return rows
@@ -233,6 +234,7 @@ def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="for `generate`")
     parser.add_argument("--repeats", type=int, default=5, help="calls of each, every one with another picture")
+    parser.add_argument("--quiet", type=float, default=1.0, help="repeat a call if others took this share of the cores")
     parser.add_argument("--tokens", type=int, help="tokens to decode; default: all of a picture")
     parser.add_argument("--window", type=int, default=16, help="for `released`")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,17 +40,54 @@ def paired_ratio(rival: Sequence[float], ours: Sequence[float]) -> tuple[float, 
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def in_turns(contenders: dict[str, Callable[[int], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[Any]]:
-    """``contender(k)`` for k = 0 ... repeats - 1, the order rotated each time; ``warm_up`` calls before that are dropped."""
+def in_turns(
+    contenders: dict[str, Callable[[int], Any]], repeats: int, quiet: float = 1.0, patience: int = 50
+) -> dict[str, list[Any]]:
+    """``contender(k)`` for k = 0 ... repeats - 1, the order rotated each time; a round before that warms up and is dropped.
+
+    Args:
+        contenders: what takes turns.
+        repeats: rounds that count.
+        quiet: a call counts only if other processes took less than this share of the cores, and is made again otherwise.
+            Two threads that wait for each other lose more time to a third one than it takes.
+        patience: calls that may be made again, in all.
+    """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     names = list(contenders)
-    for repeat in range(-warm_up, repeats):
+    for name in names:
+        contenders[name](0)
+    for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            result = contenders[name](max(repeat, 0))
-            if repeat >= 0:
-                results[name].append(result)
+            others, result = Others(), contenders[name](repeat)
+            while others.share() > quiet and patience:
+                patience -= 1
+                time.sleep(2)
+                others, result = Others(), contenders[name](repeat)
+            results[name].append(result)
     return results
+
+
+class Others:
+    """What other processes take of the cores, from the moment this is made (Linux; 0 elsewhere)."""
+
+    def __init__(self) -> None:
+        self.busy, self.own, self.start = _busy(), time.process_time(), time.perf_counter()
+
+    def share(self) -> float:
+        """The share of all cores that was busy and not with this process."""
+        busy, own = _busy() - self.busy, time.process_time() - self.own
+        return max(0.0, busy - own) / (time.perf_counter() - self.start) / (os.cpu_count() or 1)
+
+
+def _busy() -> float:
+    """Seconds that all cores together have worked since they were started."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    ticks = [int(field) for field in fields[:8]]  # user nice system idle iowait irq softirq steal
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_of(call: Callable[[], Any], device: torch.device) -> float | None:
