@@ -27,7 +27,7 @@ class SeedExact:
         scores = law.scores
         noisy = scores + step.token_gumbel(scores.shape[-1], scores.dtype)
         best, tokens = noisy.max(dim=-1)
-        second = noisy.scatter(-1, tokens[..., None], -torch.inf).amax(-1)
+        second = noisy.scatter_(-1, tokens[..., None], -torch.inf).amax(-1)
         return _verdict(step, draft, tokens, tokens[:, :-1] == draft.tokens, near_tie=best - second < NEAR_TIE)
 
 
