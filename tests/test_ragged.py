@@ -8,7 +8,7 @@ from tiny_pipeline import TOKENS, class_pipeline, hushed, one_clear_line, seeded
 
 from arsd import SJD, Autoregressive
 from arsd.decoding import CounterNoise, DecodeRequest, LawConfig, Laws, Setting, build_parts, decode
-from arsd.errors import InputError, NonFiniteLogitsError
+from arsd.errors import InputError, NonFiniteLogitsError, StrategyError
 
 PROMPTS = ["red apple", "a pear", "dog face", "blue heart", "green pear", "red heart", "face"]
 STRATEGIES = ["ar", "sjd:window=4", "sjd:window=7,init=left", "sjd:window=2,init=above", "sjd:window=16,init=random"]
@@ -145,6 +145,16 @@ def test_a_wrong_number_of_decoders_is_one_clear_line(pipe):
     with pytest.raises(InputError) as error:
         pipe(PROMPTS, decoder=["ar", "sjd"])
     one_clear_line(error.value, "got 2 decoders for 7 pictures")
+
+
+def test_a_drafter_that_cannot_begin_another_picture_is_one_clear_line(pipe, monkeypatch):
+    from arsd.decoding.drafters import NoDraft
+
+    monkeypatch.delattr(NoDraft, "join")
+    assert len(pipe(PROMPTS[:2], decoder="ar", output_type="latent").tokens) == 2
+    with pytest.raises(StrategyError) as error:
+        pipe(PROMPTS, decoder="ar", batch_size=2)
+    one_clear_line(error.value, "leave out batch_size")
 
 
 def test_interrupting_a_queue_keeps_what_is_done(pipe, alone):

@@ -13,7 +13,7 @@ from arsd.decoding.laws import Law, Laws
 from arsd.decoding.noise import Noise
 from arsd.decoding.stats import DecodeStats, Stopwatch
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Target, Verdict
-from arsd.errors import NonFiniteLogitsError
+from arsd.errors import NonFiniteLogitsError, StrategyError
 
 
 @dataclass
@@ -131,8 +131,11 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
 
     Raises:
         NonFiniteLogitsError: when a law cannot be formed; tokens committed before are in the error's ``tokens``.
+        StrategyError: when more pictures than rows are asked of a drafter that cannot begin another one.
     """
     rows, trace = _Rows(batch, request, target.unread, target.device), []
+    if rows.waiting and not hasattr(parts.drafter, "join"):
+        raise StrategyError("this drafter cannot begin another picture in a freed row (no join): leave out batch_size")
     stats = DecodeStats(pass_tokens=parts.pass_tokens, batch=batch, row_passes=[0] * len(rows.totals))
     watch = Stopwatch(stats.seconds, target.device)
     with watch("prefill"):
