@@ -25,7 +25,11 @@ from arsd.pipelines.base import to_output
 from arsd.provenance import pack_tokens, save_png, tokens_sha256
 
 HERE = Path(__file__).parent
-RAGGED = ("sjd:window={w},pass_tokens={w}", "sjd:window=5,pass_tokens={w}", "sjd:window=8,init=left,pass_tokens={w}")
+RAGGED = (
+    "sjd:window={w},pass_tokens={w}",
+    "sjd:window={third},pass_tokens={w}",
+    "sjd:window={half},init=left,pass_tokens={w}",
+)
 
 
 def inputs_of(pipe: Any, count: int) -> dict[str, Any]:
@@ -48,7 +52,8 @@ def exact(arguments: argparse.Namespace, device: torch.device) -> list[dict[str,
                     options = {"batch_size": rows, "output_type": "latent", "progress": False}
                     return pipe(**inputs_of(pipe, count), generator=sources, decoder=decoder, **options)
 
-                names = [RAGGED[n % (3 if batch > 1 else 1)].format(w=width) for n in range(count)]
+                sizes = {"w": width, "half": max(1, width // 2), "third": max(1, width // 3)}
+                names = [RAGGED[n % (3 if batch > 1 else 1)].format(**sizes) for n in range(count)]
                 fast, plain = run(names), run(f"ar:pass_tokens={width}")
                 same = int((fast.tokens == plain.tokens).all(1).sum())
                 ties = sum(fast.stats.near_ties)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pipeline import TOKENS, hushed, seeded, text_pipeline
+from tiny_pipeline import TOKENS, class_pipeline, hushed, seeded, text_pipeline
 
 from arsd import SJD, Autoregressive, parse_strategy
-from arsd.bench import BenchRow, peak_memory, run_bench
+from arsd.bench import BenchRow, paired_interval, peak_memory, run_bench, spread
 from arsd.errors import InputError
 
 PROMPTS = ["red apple", "dog face", "pear"]
@@ -101,3 +101,41 @@ def test_rows_of_a_call_that_took_no_time_do_not_divide_by_zero():
 
 def test_peak_memory_is_in_bytes():
     assert 2**20 < peak_memory() < 2**45
+
+
+def test_a_queue_is_one_call_whose_rows_are_refilled(pipe):
+    report = run_bench(pipe, [SJD(window=4)], PROMPTS, batch=2, queue=True, repeats=2)
+    plain, fast = report["rows"]
+    assert report["queue"] and report["batch"] == 2 and report["prompts"] == 3
+    assert len(plain["seconds"]) == len(fast["seconds"]) == 2 and plain["tokens"] == fast["tokens"] == 2 * 3 * TOKENS
+    assert plain["forward_passes"] == 2 * 2 * TOKENS, "three pictures in two rows take two turns"
+    assert fast["identical_to_ar_at_w"] and fast["pictures_per_minute"] > 0
+
+
+def test_class_labels_can_be_timed_too():
+    report = run_bench(hushed(class_pipeline()), [SJD(window=4)], [0, 1, 2, 3], batch=2)
+    assert report["rows"][1]["tokens"] == 4 * TOKENS and report["rows"][1]["identical_to_ar_at_w"]
+
+
+@pytest.mark.parametrize("count", [4, 5, 8, 20, 200])
+def test_the_interval_is_students_on_paired_log_ratios(count):
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(count)
+    base, other = (torch.rand(count, generator=generator).add(1).tolist() for _ in range(2))
+    ratios = torch.tensor(base).double().log() - torch.tensor(other).double().log()
+    half = float(stats.t.ppf(0.975, count - 1) * ratios.std() / count**0.5)
+    low, high = paired_interval(base, other)
+    expected = [float((ratios.mean() + sign * half).exp()) for sign in (-1, 1)]
+    assert [low, high] == pytest.approx(expected, rel=0.02 * half + 1e-6)
+
+
+def test_too_few_pairs_have_no_interval_and_one_reading_no_spread():
+    assert paired_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) is None
+    assert spread([0.5]) == [0.5, 0.5] and spread([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 4.0]
+
+
+def test_parts_of_a_round_add_up_to_it(pipe):
+    for row in run_bench(pipe, [SJD(window=4)], PROMPTS[:2])["rows"]:
+        parts = row["round_seconds_by_part"]
+        assert set(parts) == {"draft", "forward", "verify", "other"}
+        assert row["outside_forward_share"] == pytest.approx(1 - parts["forward"] / sum(parts.values()))
