@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from arsd import bench
+
 
 def now(device: torch.device) -> float:
     """Seconds, after everything that the device has been given to do."""
@@ -22,22 +24,15 @@ def now(device: torch.device) -> float:
 
 def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
-    if len(seconds) < 2:
-        return (seconds[0],) * 3
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return middle, low, high
+    low, high = bench.spread(seconds)
+    return statistics.median(seconds), low, high
 
 
 def paired_ratio(rival: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
     """How many times ours the rival's seconds are, with the 95 % interval of the mean log ratio of neighbours in time."""
-    logs = [math.log(a / b) for a, b in zip(rival, ours, strict=True)]
-    mean = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), 0.0, math.inf
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    mean = statistics.fmean(math.log(a / b) for a, b in zip(rival, ours, strict=True))
+    low, high = bench.paired_interval(rival, ours) or (0.0, math.inf)
+    return math.exp(mean), low, high
 
 
 def in_turns(
