@@ -34,7 +34,7 @@ def options(**values: Any) -> argparse.Namespace:
 
 def check_exactness(device: torch.device, pictures: int) -> bool:
     """Batch 1 and ragged batch 8, several pass shapes: whether all float64 pictures equal plain AR's."""
-    wanted = options(model="small", dtypes=DTYPES, widths=[8, 32], pictures=pictures)
+    wanted = options(model="small", dtypes=DTYPES, widths=[8, 32], batches=[1, 8], pictures=pictures)
     rows = promises.exact(wanted, device)
     return all(row["equal"] == row["pictures"] for row in rows if row["dtype"] == "float64")
 

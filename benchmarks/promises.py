@@ -44,7 +44,7 @@ def exact(arguments: argparse.Namespace, device: torch.device) -> list[dict[str,
     kept, count = [], arguments.pictures
     for dtype in arguments.dtypes:
         pipe = load(arguments.model, device, DTYPES[dtype])
-        for batch in (1, 8):
+        for batch in arguments.batches:
             for width in arguments.widths:
 
                 def run(decoder: Any, rows: int = batch, pipe: Any = pipe) -> Any:
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--widths", type=int, nargs="+", default=[16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="for exact")
     parser.add_argument("--pictures", type=int, help="default: 200 for exact, 100 for forgeries")
     arguments = parser.parse_args()
     arguments.pictures = arguments.pictures or {"exact": 200, "forgeries": 100}[arguments.promise]
@@ -116,12 +117,10 @@ def main() -> None:
     print(f"{arguments.model}, {device_kind(device)}, torch {torch.__version__}\n")
     rows = promises[arguments.promise](arguments, device)
     made = {"model": arguments.model, "device": device_kind(device), "torch": torch.__version__, "rows": rows}
-    words = (
-        arguments.promise,
-        Path(arguments.model).name,
-        device_kind(device).replace(" ", "-"),
-        "+".join(arguments.dtypes),
-    )
+    kind = device_kind(device).replace(" ", "-")
+    words = [arguments.promise, Path(arguments.model).name, kind, "+".join(arguments.dtypes)]
+    if arguments.promise == "exact":
+        words.append("batch-" + "+".join(map(str, arguments.batches)))
     (HERE / "results" / f"{'.'.join(words)}.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
