@@ -87,10 +87,10 @@ def verify_pictures(pipe: Any, sources: Sequence[Any]) -> list[Verification]:
         checked = _read(pipe, index, source)
         if isinstance(checked, _Case):
             key = (checked.record["batch"], checked.record["pass_tokens"], checked.law)
-            groups[key].append(checked)
+            groups[(*key, "prompt" in checked.record)].append(checked)
         else:
             results[index] = Verification(path, *checked)
-    for (batch, pass_tokens, law), cases in groups.items():
+    for (batch, pass_tokens, law, _), cases in groups.items():
         for first in range(0, len(cases), batch):
             part = cases[first : first + batch]
             for case, result in zip(part, _judge(pipe, part, batch, pass_tokens, law), strict=True):
@@ -141,7 +141,9 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
     try:
         condition, padding = _conditions(pipe, filled, law)
     except ArsdError as error:
-        return [Verification("", REFUTED, f"its prompt cannot have made it: {error}") for _ in cases]
+        if len(cases) > 1:  # one record must not speak for the others
+            return [result for case in cases for result in _judge(pipe, [case], batch, pass_tokens, law)]
+        return [Verification("", REFUTED, f"its prompt cannot have made it: {error}")]
     device = condition.device
     noise = CounterNoise([c.record["noise_seed"] for c in filled], [c.record["image_index"] for c in filled], device)
     replay = Replay(torch.stack([c.tokens for c in filled]).to(device), MARGINS[dtype])

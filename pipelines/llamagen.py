@@ -130,6 +130,8 @@ class LlamaGenPipeline(ARImagePipeline):
         else:
             inputs = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
             if prompt is not None:
+                if self.tokenizer is None or self.text_encoder is None:
+                    raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
                 prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
             assert prompt_embeds is not None and prompt_attention_mask is not None
             embeds, mask = prompt_embeds.to(device, dtype), prompt_attention_mask.to(device)

@@ -222,6 +222,16 @@ def test_the_probe_tells_arithmetics_apart_and_is_remembered(pipe, folders):
     assert not calls
 
 
+def test_a_record_that_cannot_be_followed_does_not_speak_for_the_others(folders, tmp_path):
+    pipe = hushed(AutoARPipeline.from_pretrained(folders["class"]))
+    made = pipe(class_labels=[1, 4, 2], generator=seeded(2), decoder="sjd:window=4", guidance_scale=3.0)
+    paths = [write(tmp_path / f"{i}.png", made.images[i], pipe.record(made, i)) for i in range(3)]
+    without_label = {k: v for k, v in pipe.record(made, 1).items() if k != "class_label"}
+    write(tmp_path / "1.png", made.images[1], {**without_label, "prompt": "red apple"})
+    write(tmp_path / "2.png", made.images[2], {**pipe.record(made, 2), "class_label": 99})
+    assert [r.result for r in pipe.verify(paths)] == ["verified", "refuted", "refuted"]
+
+
 def test_exit_status_says_the_verdict(pipe, out, folders, tmp_path, capsys):
     good = png(tmp_path, pipe, out, 0)
     bad = write(tmp_path / "bad.png", *forged_token(pipe, out, 1, 3))
