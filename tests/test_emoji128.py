@@ -85,7 +85,7 @@ def test_generate_command_makes_the_same_picture_with_plain_ar_and_sjd(tmp_path:
         )
     records = [read_png(next((tmp_path / name).glob("*.png"))) for name in ("a", "b")]
     assert (unpack_tokens(records[0]["tokens"]) == unpack_tokens(records[1]["tokens"])).all()
-    assert records[0]["pass_tokens"] == 1 and records[1]["pass_tokens"] == 16
+    assert records[0]["pass_tokens"] == 1 < records[1]["pass_tokens"]
     pictures = [next((tmp_path / name).glob("*.png")).stat().st_size for name in ("a", "b")]
     assert min(pictures) > 2000
     assert '"lossless": true' in capsys.readouterr().out
