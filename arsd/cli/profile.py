@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"path": where, **asdict(profile)}))
         return 0
-    print(f"{profile.model} ({profile.model_hash[:12]}), {profile.device_kind}, {profile.dtype}\n")
+    here = device_kind(pipe.device)
+    nearest = "" if profile.device_kind == here else f" (the nearest to this one, {here})"
+    print(f"{profile.model} ({profile.model_hash[:12]}), {profile.device_kind}{nearest}, {profile.dtype}\n")
     print(profile_table(profile))
     if where:
         print(f"\nwritten to {where}")
