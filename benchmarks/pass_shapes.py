@@ -171,7 +171,8 @@ def main() -> None:
     print(f"{arguments.model}, {device_kind(device)}, torch {torch.__version__}\n")
     rows = studies[arguments.study](arguments, device)
     made = {"model": arguments.model, "device": device_kind(device), "torch": torch.__version__, "rows": rows}
-    name = f"shapes-{arguments.study}.{Path(arguments.model).name}.{device_kind(device).replace(' ', '-')}.json"
+    kind, dtypes = device_kind(device).replace(" ", "-"), "+".join(arguments.dtypes)
+    name = f"shapes-{arguments.study}.{Path(arguments.model).name}.{kind}.{dtypes}.json"
     (HERE / "results" / name).write_text(json.dumps(made, indent=1) + "\n")
 
 
