@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from arsd.decoding import Autoregressive, DecodeStats, DecodingStrategy
+from arsd.devices import dtype_name
 from arsd.errors import InputError
 
 
@@ -176,7 +177,7 @@ def run_bench(
                 _check(rows, exact, partial(run, number))
             progress(f"call {number + 1} of {len(calls)}, repeat {repeat + 1} of {repeats}")
     return {
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipe),
         "device": pipe.device.type,
         "threads": torch.get_num_threads(),
         "batch": batch,

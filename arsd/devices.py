@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from arsd.errors import InputError
@@ -55,3 +57,8 @@ def device_kind(device: torch.device | str) -> str:
         return device.type
     extra = "+bf16" if has_fast_bfloat16(device) else ""
     return f"cpu {torch.backends.cpu.get_cpu_capability()}{extra} {torch.get_num_threads()} threads"
+
+
+def dtype_name(pipe: Any) -> str:
+    """The dtype of a pipeline or model as in :data:`DTYPES`: ``float32``, ``bfloat16``, ..."""
+    return str(pipe.dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ import torch
 
 from arsd.bench import as_inputs
 from arsd.decoding import SJD, Autoregressive, DecodingStrategy
-from arsd.devices import device_kind
+from arsd.devices import device_kind, dtype_name
 from arsd.errors import InputError
 from arsd.profile import Profile
 
@@ -61,7 +61,7 @@ def make_profile(
     costs = {batch: {window: statistics.median(readings[batch, window]) for window in (1, *windows)} for batch in batches}
     made_with = {"torch": torch.__version__, "pictures": len(inputs), "repeats": repeats}
     total = pipe.make_grammar().num_tokens
-    kind, dtype = device_kind(pipe.device), str(pipe.dtype).removeprefix("torch.")
+    kind, dtype = device_kind(pipe.device), dtype_name(pipe)
     return Profile(name, pipe.model_hash, kind, dtype, total, costs, passes, made_with)
 
 

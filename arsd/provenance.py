@@ -69,7 +69,7 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
         index: of the picture.
     """
     import arsd
-    from arsd.devices import device_kind
+    from arsd.devices import device_kind, dtype_name
 
     stats, decoder, tokens = output.stats, output.decoders[index], output.tokens[index]
     guided = output.law_config.guidance_scale != 1
@@ -86,7 +86,7 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
         "batch": stats.batch,
         "pass_tokens": stats.pass_tokens,
         "sampling": asdict(output.law_config),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipe),
         "device": pipe.device.type,
         "device_kind": device_kind(pipe.device),
         "torch": torch.__version__,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from arsd.decoding import CounterNoise, DecodeRequest, LawConfig, Laws, decode
 from arsd.decoding.replay import Replay
+from arsd.devices import dtype_name
 from arsd.errors import ArsdError
 from arsd.provenance import read_record, tokens_sha256, unpack_tokens
 
@@ -113,7 +114,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, f"it was made by {named}, which is another model than the one at hand"
     if "prompt" not in record and "class_label" not in record:
         return UNKNOWN, "it was made from features that the record does not hold"
-    if record.get("dtype") != str(pipe.dtype).removeprefix("torch."):
+    if record.get("dtype") != dtype_name(pipe):
         return UNKNOWN, f"it was made in {record.get('dtype')}: load the model in that dtype"
     try:
         tokens = torch.from_numpy(unpack_tokens(record["tokens"]).copy())
@@ -136,7 +137,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
 
 def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig) -> list[Verification]:
     """Teacher-force up to ``batch`` pictures of one shape in the rows of one batch, and compare their pixels."""
-    dtype = str(pipe.dtype).removeprefix("torch.")
+    dtype = dtype_name(pipe)
     filled = cases + [cases[0]] * (batch - len(cases))  # the pass keeps its shape
     try:
         condition, padding = _conditions(pipe, filled, law)

@@ -28,7 +28,7 @@ from arsd.decoding import (
     build_parts,
     decode,
 )
-from arsd.devices import device_kind
+from arsd.devices import device_kind, dtype_name
 from arsd.errors import InputError, StrategyError
 from arsd.profile import find_profile
 
@@ -265,11 +265,6 @@ class ARImagePipeline(DiffusionPipeline):
             result = decode(target, parts, Laws(config, grammar), noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result
-
-
-def dtype_name(pipe: Any) -> str:
-    """``float32``, ``bfloat16``, ..."""
-    return str(pipe.dtype).removeprefix("torch.")
 
 
 class _Silent:

@@ -32,13 +32,13 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure (or look up), write, print."""
-    from arsd.devices import device_kind
+    from arsd.devices import device_kind, dtype_name
     from arsd.profile import find_profile, user_folder
     from arsd.profiling import BATCHES, WINDOWS, make_profile
 
     pipe, weights = load_pipeline(arguments)
     if arguments.show:
-        profile = find_profile(weights, device_kind(pipe.device), str(pipe.dtype).removeprefix("torch."))
+        profile = find_profile(weights, device_kind(pipe.device), dtype_name(pipe))
         if profile is None:
             raise InputError(f"nothing is known of {arguments.model} on this kind of device: arsd profile measures it")
         where = ""
