@@ -226,6 +226,7 @@ class ARImagePipeline(DiffusionPipeline):
         callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         progress: bool = True,
         callback_inputs: Sequence[str] = ("tokens",),
+        draft: dict[str, Any] | None = None,
         **record: bool,
     ) -> Any:
         """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
@@ -241,12 +242,16 @@ class ARImagePipeline(DiffusionPipeline):
             callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
             progress: show the bar.
             callback_inputs: tensors that the callback gets (copies).
+            draft: what drafters and rules may need of the model: ``codebook`` and ``draft_model`` of
+                :class:`arsd.decoding.Setting`.
             record: ``log_probs`` and ``trace``.
         """
         count, device = len(keys[0]), self._execution_device
         noise = CounterNoise(*keys, device, batch)
         profile = find_profile(self.model_hash, device_kind(device), dtype_name(self))
-        parts = build_parts(decoders, Setting(batch, grammar.num_tokens, row_length, grammar, noise, device, profile))
+        laws = Laws(config, grammar)
+        call = (batch, grammar.num_tokens, row_length, grammar, noise, device, profile, laws)
+        parts = build_parts(decoders, Setting(*call, **(draft or {})))
         target = make_target(parts.pass_tokens, batch)
         self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
         with self.progress_bar(total=grammar.num_tokens * count) if progress else _Silent() as bar:
@@ -262,7 +267,7 @@ class ARImagePipeline(DiffusionPipeline):
                 return self.interrupt
 
             request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, pictures=count, **record)
-            result = decode(target, parts, Laws(config, grammar), noise, request, batch)
+            result = decode(target, parts, laws, noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result
 

@@ -313,7 +313,7 @@ def clipped(change: int) -> Callable[..., Step]:
         left = self.total - self.lengths
         width = torch.where(left > 0, (left + change).clamp(1, window), 0)
         offsets = torch.arange(window)
-        return Step(made.positions, width, made.iteration, offsets < width[:, None], made.starts, noise)
+        return Step(made.positions, width, made.iteration, offsets < width[:, None], made.starts, made.reading, noise)
 
     return step
 

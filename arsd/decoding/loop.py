@@ -54,6 +54,7 @@ class _Rows:
         shape = self.tokens.shape if request.log_probs else (0, 0)
         self.log_probs, self.entropies = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.near_ties = torch.zeros(count, dtype=torch.int64, device=device)
+        self.changed = torch.zeros(count, dtype=torch.float64, device=device)  # summed local total variation
 
     @property
     def active(self) -> list[int]:
@@ -84,7 +85,8 @@ class _Rows:
         first = self.lengths.clamp_min(0)
         width = torch.where(self.lengths < 0, 0, (self.total - first).clamp_max(window))
         starts = [max(0, n) for n in self.starts]
-        return Step(first[:, None] + offsets, width, self.rounds, offsets < width[:, None], starts, noise)
+        reading = [b for b, n in enumerate(self.starts) if n < 0]
+        return Step(first[:, None] + offsets, width, self.rounds, offsets < width[:, None], starts, reading, noise)
 
     def feed(self, drafts: Tensor, pass_tokens: int) -> Tensor:
         """[B, pass_tokens]: the last committed token, the guesses, padding."""
@@ -102,6 +104,8 @@ class _Rows:
         self.tokens[picture, place] = verdict.tokens
         if verdict.near_tie is not None:
             self.near_ties.index_add_(0, self.picture, (verdict.near_tie & taken).sum(1))
+        if verdict.local_tv is not None:
+            self.changed.index_add_(0, self.picture, torch.where(taken, verdict.local_tv.double(), 0.0).sum(1))
         if self.log_probs.numel():
             chosen = law.log_probs.gather(-1, verdict.tokens[..., None])[..., 0]
             self.log_probs[picture, place] = chosen.float()
@@ -138,6 +142,8 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
         raise StrategyError("this drafter cannot begin another picture in a freed row (no join): leave out batch_size")
     stats = DecodeStats(pass_tokens=parts.pass_tokens, batch=batch, row_passes=[0] * len(rows.totals))
     watch = Stopwatch(stats.seconds, target.device)
+    if hasattr(parts.drafter, "begin"):
+        parts.drafter.begin(target)
     with watch("prefill"):
         stats.prefill_passes = target.prefill(rows.starts, parts.pass_tokens)
         rows.moved([0] * batch)
@@ -176,7 +182,7 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
                 stats.prefill_passes += _refill(rows, target, parts, noise)
     watch.close()
     stats.tokens, stats.near_ties = list(rows.done), rows.near_ties.tolist()
-    stats.expected_changed_tokens = [0.0] * len(rows.totals)
+    stats.expected_changed_tokens = rows.changed.tolist()
     log_probs, entropies = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
     return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)
 

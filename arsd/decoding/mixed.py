@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.strategies import DecodingStrategy, Setting
-from arsd.decoding.types import Draft, Outcome, Parts, Step, Verdict
+from arsd.decoding.types import Draft, Outcome, Parts, Step, Target, Verdict
 
 
 @dataclass
@@ -79,6 +79,12 @@ class MixedDrafter:
         self.groups = groups
         self.needs_law = any(member.drafter.needs_law for member in groups.members)
 
+    def begin(self, target: Target) -> None:
+        """Members that read the target may do so."""
+        for member in self.groups.members:
+            if hasattr(member.drafter, "begin"):
+                member.drafter.begin(target)
+
     def propose(self, step: Step) -> MixedDraft:
         """See :class:`arsd.decoding.types.Drafter`."""
         groups = self.groups
@@ -113,6 +119,7 @@ class MixedRule:
         assert isinstance(draft, MixedDraft)
         groups, verdicts = self.groups, []
         count, near_tie = torch.zeros_like(step.width), torch.zeros_like(step.active)
+        local_tv = torch.zeros(step.active.shape, dtype=torch.float64, device=step.active.device)
         tokens, outcome = torch.zeros_like(step.positions), torch.full_like(step.positions, int(Outcome.BONUS))
         for g, member in enumerate(groups.members):
             verdict = member.rule.verify(groups.step(step, g), groups.law(law, g), draft.members[g])
@@ -122,8 +129,10 @@ class MixedRule:
             outcome[:, :width] = torch.where(mine, verdict.outcome, outcome[:, :width])
             if verdict.near_tie is not None:
                 near_tie[:, :width] |= mine & verdict.near_tie
+            if verdict.local_tv is not None:
+                local_tv[:, :width] = torch.where(mine, verdict.local_tv.double(), local_tv[:, :width])
             verdicts.append(verdict)
-        return MixedVerdict(count, tokens, outcome, near_tie, members=verdicts)
+        return MixedVerdict(count, tokens, outcome, near_tie, local_tv, members=verdicts)
 
 
 def build_parts(strategies: Sequence[DecodingStrategy], setting: Setting) -> Parts:

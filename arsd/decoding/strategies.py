@@ -6,6 +6,7 @@ component ``decoder``, save to ``decoder_config.json`` and round-trip through ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from arsd.decoding.drafters import Jacobi, NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
-from arsd.decoding.laws import Grammar
+from arsd.decoding.laws import Grammar, Laws
 from arsd.decoding.noise import Noise
 from arsd.decoding.rules import RejectionSampling, SeedExact
-from arsd.decoding.types import FixedWindow, Parts, Rule
+from arsd.decoding.types import DraftModel, FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ FALLBACK_WINDOW = 16  # for window="auto" where nothing was measured
 class Setting:
     """What a strategy may need to know of a call.
 
-    ``profile`` is what was measured of the model on this kind of device; ``window`` and ``rule`` are what a strategy tells
-    the drafter that it builds.
+    ``profile`` is what was measured of the model on this kind of device; ``laws`` make the law of a draft model's logits;
+    ``codebook`` [V, C] are the vectors of the image codes; ``draft_model`` makes the call's own draft model
+    (:class:`arsd.decoding.types.DraftModel`) for a window. ``window`` and ``rule`` are what a strategy tells the drafter
+    that it builds.
     """
 
     batch: int
@@ -42,6 +45,9 @@ class Setting:
     noise: Noise
     device: torch.device
     profile: Profile | None = None
+    laws: Laws | None = None
+    codebook: torch.Tensor | None = None
+    draft_model: Callable[[int], DraftModel] | None = None
     window: int = 1
     rule: Rule | None = None
 

@@ -49,6 +49,8 @@ class Verdict:
             drafter may go on from there.
         outcome: [B, W] :class:`Outcome` of each slot.
         near_tie: [B, W] slots whose arg-max was decided by less than the stated margin, or ``None``.
+        local_tv: [B, W] total variation between p and the law that the rule gives each slot when it is reached; ``None``
+            of a lossless rule.
         path: [B, W] accepted nodes of a tree, ``None`` for a chain.
     """
 
@@ -56,6 +58,7 @@ class Verdict:
     tokens: Tensor
     outcome: Tensor
     near_tie: Tensor | None = None
+    local_tv: Tensor | None = None
     path: Tensor | None = None
 
 
@@ -70,6 +73,7 @@ class Step:
         iteration: [B] passes this row has seen, which keys the noise of tests, residuals and redrafts.
         active: [B, W] slots below ``width``.
         starts: first position of every row, on the host.
+        reading: rows that still read their condition, on the host.
         noise: the random choices.
     """
 
@@ -78,6 +82,7 @@ class Step:
     iteration: Tensor
     active: Tensor
     starts: list[int]
+    reading: list[int]
     noise: Noise
 
     def token_gumbel(self, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -87,7 +92,10 @@ class Step:
 
 
 class Drafter(Protocol):
-    """Where guesses come from. Its state lives in the object, which belongs to one call."""
+    """Where guesses come from. Its state lives in the object, which belongs to one call.
+
+    A drafter that reads the target (its features, its weights) also has ``begin(target)``, called once before the prefill.
+    """
 
     needs_law: bool
 
@@ -142,6 +150,33 @@ class Target(Protocol):
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """Give ``rows`` the conditions of other pictures; what the cache holds of these rows is forgotten."""
+        ...
+
+
+class DraftModel(Protocol):
+    """A small model that gives guesses one after another; it owns its cache. Lengths are those of the target."""
+
+    def begin(self, target: Target) -> None:
+        """The call begins; a model that reads the target's features says so here."""
+        ...
+
+    def catch_up(self, tokens: Tensor, read: list[int], columns: Tensor) -> Tensor:
+        """Read committed tokens; logits [S, B, V] of the position behind each row's last one.
+
+        Args:
+            tokens: [B, T]; row b holds tokens ``read[b] - 1``, ``read[b]``, ... of its picture (the condition stands for
+                token -1), and junk behind the last committed one.
+            read: the committed length that each row has read, on the host; the entries behind it are forgotten.
+            columns: [B] column of each row's last committed token.
+        """
+        ...
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Read one guess more of every row [B]; logits [S, B, V] of the position behind it."""
+        ...
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """``rows`` begin other pictures."""
         ...
 
 

@@ -112,6 +112,7 @@ def run(
     noise: Any = None,
     row_length: int = 0,
     parts: Build | None = None,
+    draft: dict[str, Any] | None = None,
     **request: Any,
 ) -> DecodeResult:
     """Decode a target with a strategy (or with ``parts``), as a pipeline does.
@@ -126,13 +127,16 @@ def run(
         noise: stands in for the production noise, e.g. a choice tape.
         row_length: tokens per line of the picture.
         parts: makes the parts of the loop, instead of ``strategy``.
+        draft: ``codebook`` and ``draft_model`` of the :class:`arsd.decoding.Setting`.
         request: more of :class:`arsd.decoding.DecodeRequest`.
     """
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
     count = request.get("pictures") or target.batch
     noise = noise or CounterNoise(seeds or [0] * count, images or list(range(count)), batch=target.batch)
-    setting = Setting(target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
+    setting = Setting(
+        target.batch, grammar.num_tokens, row_length, grammar, noise, target.device, laws=laws, **(draft or {})
+    )
     wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
 

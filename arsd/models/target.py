@@ -52,6 +52,14 @@ class DecoderTarget:
         self.cache = self._make_cache(self.prefix + num_tokens + max_pass_tokens)
         self._step = self._harmless_step(max_pass_tokens)
         self.vocab = int(getattr(head, "out_features", decoder.config.vocab_size))
+        self.features: Tensor | None = None
+
+    def keep_features(self) -> Tensor:
+        """From now on keep what the head reads of every slot, [S * B, slots, D]; a pass overwrites its own slots."""
+        if self.features is None:
+            shape = (self.streams * self.batch, self.cache.get_max_length(), self.condition.shape[-1])
+            self.features = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self.features
 
     def _make_cache(self, size: int) -> RowCache:
         config, rows = self.decoder.config, self.streams * self.batch
@@ -131,4 +139,8 @@ class DecoderTarget:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return out.last_hidden_state
+        hidden = cast(Tensor, out.last_hidden_state)
+        if self.features is not None:
+            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+            self.features[rows, positions] = hidden
+        return hidden
