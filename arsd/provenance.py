@@ -28,10 +28,12 @@ def model_hash(folder: str | Path) -> str:
     """SHA-256 over the weights, tokenizers and network configurations of a pipeline folder (64 hex digits).
 
     Files count in the order of their names. What a library writes about itself into a configuration does not count, nor do
-    the model index and the decoding strategy: they do not belong to the model.
+    the model index, the decoding strategy and the drafter: they do not belong to the model.
     """
     folder, digest = Path(folder), hashlib.sha256()
     for path in sorted(folder.rglob("*")):
+        if path.relative_to(folder).parts[0] == "drafter":
+            continue
         if path.suffix in _WEIGHTS or path.name == "tokenizer.json":
             content = path.read_bytes()
         elif path.name == "config.json":

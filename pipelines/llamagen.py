@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arsd.decoding import SJD, DecodingStrategy, Grammar
+from arsd.decoding.types import DraftModel
 from arsd.errors import InputError
 from arsd.models.captions import encode_captions, unknown_words
+from arsd.models.draft_models import EagleDraftModel, SmallARDrafter
+from arsd.models.eagle import EagleDrafter
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.target import DecoderTarget
 from arsd.pipelines.base import (
@@ -35,10 +39,12 @@ class LlamaGenPipeline(ARImagePipeline):
         decoder: decoding strategy; :class:`arsd.SJD` with the ``gumbel`` coupling when none is given.
         tokenizer: caption tokenizer (text models only).
         text_encoder: T5 encoder (text models only).
+        drafter: draft model for the strategies that want one: an :class:`arsd.EagleDrafter`, or a smaller
+            :class:`LlamaGenTransformer` of the same codes and conditions.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq"
-    _optional_components = ["decoder", "tokenizer", "text_encoder"]
+    _optional_components = ["decoder", "tokenizer", "text_encoder", "drafter"]
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class LlamaGenPipeline(ARImagePipeline):
         decoder: DecodingStrategy | None = None,
         tokenizer: Any = None,
         text_encoder: Any = None,
+        drafter: EagleDrafter | LlamaGenTransformer | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -55,6 +62,7 @@ class LlamaGenPipeline(ARImagePipeline):
             decoder=decoder if decoder is not None else SJD(),
             tokenizer=tokenizer,
             text_encoder=text_encoder,
+            drafter=drafter,
         )
 
     @property
@@ -100,7 +108,12 @@ class LlamaGenPipeline(ARImagePipeline):
         """Left-padded caption features [B, T, caption_dim] and mask [B, T]; warns of words the tokenizer does not know.
 
         Each prompt is encoded by itself: its features must not depend on the others, not even in the last bit.
+
+        Raises:
+            InputError: when the pipeline has no text encoder.
         """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
         if strange:
@@ -117,32 +130,34 @@ class LlamaGenPipeline(ARImagePipeline):
         prompt_attention_mask: Tensor | None = None,
         num_images_per_prompt: int = 1,
         guided: bool = True,
+        model: LlamaGenTransformer | None = None,
     ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
         """Inputs to condition [S, B, P, D], padding [S, B, P], and what each picture is made of.
+
+        A prompt is encoded unless its ``prompt_embeds`` are given as well; ``model`` (the transformer) embeds them.
 
         Raises:
             InputError: for labels that are none.
         """
-        device, dtype, mask = self._execution_device, self.transformer.dtype, None
+        model = model or self.transformer
+        device, dtype, mask = self._execution_device, model.dtype, None
         if class_labels is not None:
             labels = _labels(class_labels, device)
-            rows, inputs = self.transformer.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
+            rows, inputs = model.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
         else:
             inputs = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
-            if prompt is not None:
-                if self.tokenizer is None or self.text_encoder is None:
-                    raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
+            if prompt is not None and prompt_embeds is None:
                 prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
             assert prompt_embeds is not None and prompt_attention_mask is not None
             embeds, mask = prompt_embeds.to(device, dtype), prompt_attention_mask.to(device)
             if embeds.shape[:1] != mask.shape[:1] or not len(embeds):
                 raise InputError("prompt_embeds and prompt_attention_mask must have the same number of rows, at least one")
             pairs = zip(embeds.split(1), mask.split(1), strict=True)  # one by one, as encode_prompt does
-            rows = torch.cat([self.transformer.embed_captions(*pair) for pair in pairs])
+            rows = torch.cat([model.embed_captions(*pair) for pair in pairs])
             mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
             inputs = inputs or [{}] * len(rows)
         rows = rows.repeat_interleave(num_images_per_prompt, dim=0)
-        condition, padding = self._condition(rows, mask, 2 if guided else 1)
+        condition, padding = self._condition(model, rows, mask, 2 if guided else 1)
         return condition, padding, [one for one in inputs for _ in range(num_images_per_prompt)]
 
     @torch.no_grad()
@@ -150,17 +165,21 @@ class LlamaGenPipeline(ARImagePipeline):
         """A condition that needs no input, for measurements."""
         if self.transformer.config["condition"] == "text":
             rows = self.transformer.embed_null_caption(batch)
-            return self._condition(rows, torch.ones(rows.shape[:2], device=rows.device), 2 if guided else 1)
+            return self._condition(
+                self.transformer, rows, torch.ones(rows.shape[:2], device=rows.device), 2 if guided else 1
+            )
         labels = torch.arange(batch, device=self._execution_device) % self.transformer.config["num_classes"]
-        return self._condition(self.transformer.embed_classes(labels), None, 2 if guided else 1)
+        return self._condition(self.transformer, self.transformer.embed_classes(labels), None, 2 if guided else 1)
 
-    def target_maker(self, condition: Tensor, padding: Tensor | None) -> TargetMaker:
-        """(pass_tokens, batch) -> target of these conditions."""
-        model, total = self.transformer.lm, self.transformer.num_tokens
+    def target_maker(
+        self, condition: Tensor, padding: Tensor | None, model: LlamaGenTransformer | None = None
+    ) -> TargetMaker:
+        """(pass_tokens, batch) -> target of these conditions; ``model`` is the transformer unless given."""
+        lm, total = (model or self.transformer).lm, self.transformer.num_tokens
 
         def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
-            embed = model.model.embed_tokens
-            return DecoderTarget(model.model, model.lm_head, embed, condition, total, pass_tokens, padding, batch)
+            embed = lm.model.embed_tokens
+            return DecoderTarget(lm.model, lm.lm_head, embed, condition, total, pass_tokens, padding, batch)
 
         return make_target
 
@@ -175,15 +194,35 @@ class LlamaGenPipeline(ARImagePipeline):
         grid = int(self.transformer.config["grid"])
         return torch.cat([self.vq.decode(codes) for codes in tokens.view(-1, 1, grid, grid)])
 
-    def _condition(self, rows: Tensor, mask: Tensor | None, streams: int) -> tuple[Tensor, Tensor | None]:
+    def _condition(
+        self, model: LlamaGenTransformer, rows: Tensor, mask: Tensor | None, streams: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Condition [S, B, P, D] and padding [S, B, P]; the null stream reuses the conditional padding, as upstream does."""
         if streams == 1:
             return rows[None], None if mask is None else mask[None] == 0
         if mask is not None:
-            null = self.transformer.embed_null_caption(len(rows))
+            null = model.embed_null_caption(len(rows))
             return torch.stack([rows, null]), (mask == 0).expand(2, -1, -1)
-        labels = torch.full((len(rows),), self.transformer.config["num_classes"], device=rows.device)
-        return torch.stack([rows, self.transformer.embed_classes(labels)]), None
+        labels = torch.full((len(rows),), model.config["num_classes"], device=rows.device)
+        return torch.stack([rows, model.embed_classes(labels)]), None
+
+    def _draft_maker(
+        self, condition: Tensor, padding: Tensor | None, batch: int, inputs: Callable[..., tuple[Tensor, Tensor | None, Any]]
+    ) -> Callable[[int], DraftModel] | None:
+        """What makes the draft model of a call for a window; ``inputs(model=...)`` gives the conditions of another model."""
+        drafter, lm, total = self.drafter, self.transformer.lm, self.transformer.num_tokens
+
+        def make_eagle(window: int) -> DraftModel:
+            parts = (lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens)
+            return EagleDraftModel(drafter, *parts, condition, total, window, padding, batch)
+
+        def make_small(window: int) -> DraftModel:
+            maker = self.target_maker(*inputs(model=drafter)[:2], model=drafter)
+            return SmallARDrafter(maker(max(window, 2), batch), window)
+
+        if drafter is None:
+            return None
+        return make_eagle if isinstance(drafter, EagleDrafter) else make_small
 
     @torch.no_grad()
     def __call__(
@@ -255,10 +294,13 @@ class LlamaGenPipeline(ARImagePipeline):
         self._guidance_scale = config.guidance_scale
 
         # 2. Condition
-        condition, padding, inputs = self.encode_inputs(
-            prompt, class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt, config.guidance_scale != 1
-        )
+        if prompt is not None:
+            prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+        given = (prompt, class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
+        encode = partial(self.encode_inputs, *given, config.guidance_scale != 1)
+        condition, padding, inputs = encode()
         batch = self.check_rows(strategies, len(inputs), batch_size)
+        draft_model = self._draft_maker(condition, padding, batch, encode)
         keys = noise_keys(generator, len(inputs))
 
         # 3. Decode
@@ -274,6 +316,7 @@ class LlamaGenPipeline(ARImagePipeline):
             callback_on_step_end,
             progress,
             callback_on_step_end_tensor_inputs,
+            {"codebook": self.vq.codebook, "draft_model": draft_model},
             log_probs=log_probs,
             trace=trace,
         )

@@ -3,6 +3,7 @@
 from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.loop import DecodeResult, decode
 from arsd.decoding.mixed import build_parts
+from arsd.decoding.model_strategies import Eagle, Hybrid
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.registry import register_drafter, register_rule
 from arsd.decoding.speculative import Speculative
@@ -20,7 +21,9 @@ __all__ = [
     "DecodeStats",
     "DecodingStrategy",
     "Draft",
+    "Eagle",
     "Grammar",
+    "Hybrid",
     "Law",
     "LawConfig",
     "Laws",

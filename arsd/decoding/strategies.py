@@ -88,6 +88,15 @@ def _whole(name: str, value: Any, least: int) -> int:
     return value
 
 
+def auto_window(window: int | str, pass_tokens: int | None, setting: Setting) -> int:
+    """The window of a call: as given; for ``auto`` the whole pass, else the fastest by the profile, else 16."""
+    if window != "auto":
+        return int(window)
+    if pass_tokens:
+        return int(pass_tokens)
+    return setting.profile.window(setting.batch) if setting.profile is not None else FALLBACK_WINDOW
+
+
 class Autoregressive(DecodingStrategy):
     """Plain autoregressive decoding: one token per pass. The reference of every comparison.
 
@@ -157,7 +166,7 @@ class SJD(DecodingStrategy):
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
-        window = self._window(setting)
+        window = auto_window(self.config["window"], self.config["pass_tokens"], setting)
         pass_tokens = self.config["pass_tokens"] or window
         redraft, needs_law = self._COUPLINGS[self.config["coupling"]]
         if window == 1 and not needs_law:
@@ -166,13 +175,6 @@ class SJD(DecodingStrategy):
         drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device)
         rule: Rule = RejectionSampling(every_slot=self.config["coupling"] == "maximal") if needs_law else SeedExact()
         return Parts(drafter, rule, FixedWindow(window), pass_tokens)
-
-    def _window(self, setting: Setting) -> int:
-        if self.config["window"] != "auto":
-            return int(self.config["window"])
-        if self.config["pass_tokens"]:
-            return int(self.config["pass_tokens"])
-        return setting.profile.window(setting.batch) if setting.profile is not None else FALLBACK_WINDOW
 
 
 STRATEGIES: dict[str, type[DecodingStrategy]] = {cls.name: cls for cls in (Autoregressive, SJD)}

@@ -160,14 +160,15 @@ class DraftModel(Protocol):
         """The call begins; a model that reads the target's features says so here."""
         ...
 
-    def catch_up(self, tokens: Tensor, read: list[int], columns: Tensor) -> Tensor:
+    def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
         """Read committed tokens; logits [S, B, V] of the position behind each row's last one.
 
         Args:
             tokens: [B, T]; row b holds tokens ``read[b] - 1``, ``read[b]``, ... of its picture (the condition stands for
                 token -1), and junk behind the last committed one.
-            read: the committed length that each row has read, on the host; the entries behind it are forgotten.
-            columns: [B] column of each row's last committed token.
+            read: the first of these numbers plus one, on the host: what the model knows of a row lies before it. -1: the
+                row has nothing to read yet, and its logits are not used.
+            columns: column of each row's last committed token, on the host.
         """
         ...
 

@@ -33,6 +33,23 @@ class CaptionProjection(nn.Module):
         return self.fc2(self.act(self.fc1(features)))
 
 
+def attention_bias(embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Additive causal mask [B, 1, T, T] of ``embeds`` [B, T, D]; no token attends to padded condition slots.
+
+    Args:
+        embeds: the inputs of a decoder.
+        attention_mask: [B, P], 0 at padded slots among the first P.
+    """
+    batch, length = embeds.shape[:2]
+    mask = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril().expand(batch, 1, -1, -1)
+    if attention_mask is not None:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
+        keep[:, : attention_mask.shape[1]] = attention_mask.bool()
+        mask = (mask & keep[:, None, None]) | torch.eye(length, dtype=torch.bool, device=embeds.device)
+    bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
+    return bias.masked_fill_(~mask, torch.finfo(embeds.dtype).min)
+
+
 class LlamaGenTransformer(ModelMixin, ConfigMixin):
     """Autoregressive transformer over ``grid * grid`` image codes in raster order, after the condition slots.
 
@@ -148,15 +165,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             attention_mask: [B, P], 0 at padded condition slots, which no token attends to.
         """
         embeds = torch.cat([condition, self.lm.model.embed_tokens(ids[:, :-1])], dim=1)
-        batch, length = embeds.shape[:2]
-        position_ids = torch.arange(length, device=embeds.device)[None]
-        mask = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril().expand(batch, 1, -1, -1)
-        if attention_mask is not None:
-            keep = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
-            keep[:, : condition.shape[1]] = attention_mask.bool()
-            mask = (mask & keep[:, None, None]) | torch.eye(length, dtype=torch.bool, device=embeds.device)
-        bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
-        bias.masked_fill_(~mask, torch.finfo(embeds.dtype).min)
+        position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        bias = attention_bias(embeds, attention_mask)
         hidden = self.lm.model(inputs_embeds=embeds, attention_mask=bias, position_ids=position_ids, use_cache=False)
         return self.lm.lm_head(hidden.last_hidden_state[:, condition.shape[1] - 1 :])
 

@@ -115,14 +115,30 @@ def _difference_hash(image: np.ndarray) -> int:
     return int("".join("1" if bit else "0" for bit in (grey[:, 1:] > grey[:, :-1] + 2).ravel()), 2)
 
 
+def _chosen(concept: str) -> bool:
+    return int.from_bytes(hashlib.sha256(concept.encode()).digest()[:4], "big") < int(HELD_OUT_SHARE * 2**32)
+
+
+def training_captions() -> list[str]:
+    """Names of all emoji whose concept was not chosen to be held out; needs no pictures."""
+    return _names_without_pictures(False)
+
+
+def held_out_captions() -> list[str]:
+    """Names of the others (some of which look like an emoji that is not held out)."""
+    return _names_without_pictures(True)
+
+
+def _names_without_pictures(held_out: bool) -> list[str]:
+    names = sorted({names[0] for names in _captions_by_code().values()})
+    names = [name for name in names if _chosen(base_concept(name)) == held_out]
+    first = {base_concept(name): name for name in reversed(names)}
+    return sorted(first.values()) + names  # every concept once more, so that skin tones do not dominate
+
+
 def _split(images: np.ndarray, concepts: list[str]) -> np.ndarray:
     """Hold out 5 % of the concepts (chosen by hash), less those that have a look-alike in the training set."""
-    bound = int(HELD_OUT_SHARE * 2**32)
-
-    def chosen(concept: str) -> bool:
-        return int.from_bytes(hashlib.sha256(concept.encode()).digest()[:4], "big") < bound
-
-    held_out = np.array([chosen(c) for c in concepts])
+    held_out = np.array([_chosen(c) for c in concepts])
     hashes = [_difference_hash(image) for image in images]
     training = [h for h, out in zip(hashes, held_out, strict=True) if not out]
     twins = {

@@ -1,0 +1,101 @@
+"""Strategies with a draft model (the pipeline's component ``drafter``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
+
+from arsd.decoding.chain import ChainDrafter, HybridDrafter
+from arsd.decoding.registry import register_drafter
+from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole, auto_window
+from arsd.decoding.types import FixedWindow, Parts, Rule
+from arsd.errors import StrategyError
+
+register_drafter("draft-model")(ChainDrafter)
+register_drafter("hybrid")(HybridDrafter)
+
+
+class Eagle(DecodingStrategy):
+    """A chain of guesses of the pipeline's draft model (EAGLE, arXiv 2401.15077, or a small AR model); lossless.
+
+    Args:
+        draft_length: guesses per pass.
+        coupling: ``gumbel``: guesses and tokens share one Gumbel noise per position, and the output equals plain AR token
+            for token. ``rejection``: speculative sampling (Leviathan et al. 2023).
+        pass_tokens: tokens per pass, at least ``draft_length + 1``; ``None`` means that.
+    """
+
+    name = "eagle"
+    _RULES: dict[str, type] = {"gumbel": SeedExact, "rejection": RejectionSampling}
+
+    @register_to_config
+    def __init__(self, draft_length: int = 4, coupling: str = "gumbel", pass_tokens: int | None = None) -> None:
+        check_length(draft_length, pass_tokens)
+        if coupling not in self._RULES:
+            raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._RULES)}")
+
+    @property
+    def seed_exact(self) -> bool:  # type: ignore[override]
+        """Only the ``gumbel`` coupling gives plain AR's own tokens; the other only its law."""
+        return bool(self.config["coupling"] == "gumbel")
+
+    def build(self, setting: Setting) -> Parts:
+        """See :class:`DecodingStrategy`."""
+        rule: Rule = self._RULES[self.config["coupling"]]()
+        return chain_parts(setting, rule, self.config["draft_length"], self.config["pass_tokens"])
+
+
+class Hybrid(DecodingStrategy):
+    """The draft model's guesses at the front of the window and Jacobi iterates behind them; lossless, seed-exact.
+
+    Under the seed-exact rule any mixture of guesses gives plain AR's tokens.
+
+    Args:
+        draft_length: guesses of the draft model per pass.
+        window: slots per pass, more than ``draft_length``; ``auto`` as for :class:`SJD`.
+        init: what a Jacobi slot holds when it enters the window, as for :class:`SJD`.
+        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``.
+    """
+
+    name = "hybrid"
+
+    @register_to_config
+    def __init__(
+        self, draft_length: int = 4, window: int | str = "auto", init: str = "uniform", pass_tokens: int | None = None
+    ) -> None:
+        _whole("draft_length", draft_length, 1)
+        if window != "auto" and _whole("window", window, 2) <= draft_length:
+            raise StrategyError(f"window ({window}) must be more than draft_length ({draft_length})")
+        if pass_tokens is not None:
+            _whole("pass_tokens", pass_tokens, draft_length + 1 if window == "auto" else int(window))
+        if init not in ("uniform", "left", "above", "random"):
+            raise StrategyError(f"unknown init {init!r}: choose from uniform, left, above, random")
+
+    def build(self, setting: Setting) -> Parts:
+        """See :class:`DecodingStrategy`."""
+        window = max(
+            auto_window(self.config["window"], self.config["pass_tokens"], setting), self.config["draft_length"] + 1
+        )
+        rule = SeedExact()
+        drafter = HybridDrafter(replace(setting, window=window, rule=rule), self.config["draft_length"], self.config["init"])
+        return Parts(drafter, rule, FixedWindow(window), self.config["pass_tokens"] or window)
+
+
+def check_length(draft_length: int, pass_tokens: int | None) -> None:
+    """Raise StrategyError for lengths that make no sense."""
+    _whole("draft_length", draft_length, 1)
+    if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < draft_length + 1:
+        raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least draft_length + 1 ({draft_length + 1})")
+
+
+def chain_parts(setting: Setting, rule: Rule, draft_length: int, pass_tokens: int | None) -> Parts:
+    """A chain of the draft model's guesses under a rule."""
+    window = draft_length + 1
+    drafter = ChainDrafter(replace(setting, window=window, rule=rule))
+    return Parts(drafter, rule, FixedWindow(window), pass_tokens or window)
+
+
+STRATEGIES.update({cls.name: cls for cls in (Eagle, Hybrid)})

@@ -1,0 +1,175 @@
+"""Draft models behind the :class:`arsd.decoding.types.DraftModel` protocol: an independent small one, and EAGLE's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arsd.decoding.types import Target
+from arsd.errors import InputError
+from arsd.models.eagle import EagleDrafter
+from arsd.models.target import DecoderTarget
+
+
+class SmallARDrafter:
+    """An independent small model of the same tokens.
+
+    Args:
+        model: the small model with its own conditions, cache and as many rows as the target; any
+            :class:`arsd.decoding.types.Target` will do, such as a :class:`arsd.models.target.DecoderTarget` around any
+            transformers decoder.
+        pass_tokens: tokens per pass in which it reads conditions.
+    """
+
+    def __init__(self, model: Any, pass_tokens: int) -> None:
+        self.model, self.pass_tokens = model, max(2, pass_tokens)
+        self.fresh: set[int] = set(range(model.batch))  # rows whose condition is not read
+        self.lengths = torch.zeros(model.batch, dtype=torch.int64, device=model.device)
+        self.starts = [0] * model.batch
+
+    def begin(self, target: Target) -> None:
+        """Nothing of the target is read.
+
+        Raises:
+            InputError: when it has another vocabulary.
+        """
+        if self.model.vocab != target.vocab:
+            raise InputError(f"the drafter has {self.model.vocab} ids, the target {target.vocab}: they must be the same")
+
+    def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        new = {b for b in self.fresh if read[b] == 0}
+        starts = [max(0, n) for n in read]
+        if new and self.model.unread:
+            self.model.prefill([-self.model.unread if b in new else n for b, n in enumerate(starts)], self.pass_tokens)
+        self.fresh -= new
+        return self._pass(tokens, starts, columns)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        return self._pass(tokens[:, None], self.starts, [0] * len(tokens))
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        self.fresh |= set(rows)
+        self.model.join(rows, pictures)
+
+    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
+        lengths = torch.tensor(starts, device=self.model.device)
+        self.model.rollback(lengths)
+        logits = self.model.forward(tokens, lengths, starts)
+        self.starts = [n + c + 1 for n, c in zip(starts, columns, strict=True)]
+        chosen = torch.tensor(columns, device=logits.device)
+        return logits[:, torch.arange(len(starts), device=logits.device), chosen]
+
+
+class EagleDraftModel(SmallARDrafter):
+    """An :class:`EagleDrafter` beside a :class:`DecoderTarget`, whose features it reads.
+
+    Args:
+        drafter: the trained layer.
+        rotary: the target's rotary table.
+        head: the target's head.
+        embed: the target's embedding.
+        condition: as the target's [S, M, P, D].
+        num_tokens: image tokens per picture.
+        window: the widest pass.
+        padding: as the target's [S, M, P], or ``None``.
+        batch: rows.
+    """
+
+    CHUNK = 32  # condition slots per pass, at least
+
+    def __init__(
+        self,
+        drafter: EagleDrafter,
+        rotary: nn.Module,
+        head: nn.Module,
+        embed: nn.Module,
+        condition: Tensor,
+        num_tokens: int,
+        window: int,
+        padding: Tensor | None = None,
+        batch: int | None = None,
+    ) -> None:
+        width, chunk = drafter.config["hidden_size"], max(window, self.CHUNK)
+        if condition.shape[-1] != width:
+            raise InputError(f"the drafter is {width} wide, the target {condition.shape[-1]}: it belongs to another model")
+        if drafter.config["condition_inputs"] == "zero-token":
+            condition = embed(condition.new_zeros(1, dtype=torch.int64)).to(condition.dtype).expand(condition.shape)
+        if drafter.config["see_padding"] or padding is None:
+            padding = torch.zeros(condition.shape[:3], dtype=torch.bool, device=condition.device)
+        if condition.shape[2] > 1:
+            padding = padding.clone()
+            padding[:, :, 0] = True  # the first slot has no feature before it
+        layers = (_EagleLayers(drafter, rotary), head, embed)
+        super().__init__(_EagleTarget(*layers, condition, num_tokens, chunk, padding, batch), chunk)
+
+    def begin(self, target: Target) -> None:
+        """Have the target keep its features.
+
+        Raises:
+            InputError: when the target has none.
+        """
+        super().begin(target)
+        if not isinstance(target, DecoderTarget):
+            raise InputError("an EAGLE drafter needs a target that keeps its features")
+        self.model.source = target.keep_features()
+
+    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
+        logits = super()._pass(tokens, starts, columns)
+        self.model.keep_guess(columns)
+        return logits
+
+    def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
+        """See :class:`arsd.decoding.types.DraftModel`: on the target's own features."""
+        self.model.guess = None
+        return super().catch_up(tokens, read, columns)
+
+
+class _EagleTarget(DecoderTarget):
+    """The drafter's layer as a decoder whose inputs also carry the feature of the slot before.
+
+    Attributes:
+        source: features of the target [S * B, slots, D].
+        guess: [S * B, 1, D] predicted feature of the slot before, where the target's own is not known yet.
+    """
+
+    source: Tensor
+    guess: Tensor | None = None
+
+    def keep_guess(self, columns: list[int]) -> None:
+        """What the last pass predicted in ``columns`` stands for the feature of that slot."""
+        at = torch.tensor(columns, device=self.device).repeat(self.streams)
+        self.guess = self._predicted[torch.arange(len(at), device=self.device), at][:, None]
+
+    def _run(self, embeds: Tensor, idle: Tensor | None = None, attended: int | None = None) -> Tensor:
+        both = torch.cat([embeds.reshape(-1, *embeds.shape[2:]), self._features(embeds.shape[2])], dim=-1)
+        self._predicted = super()._run(both[None], idle, attended)
+        return self._predicted
+
+    def _features(self, width: int) -> Tensor:
+        if self.guess is not None:
+            return self.guess
+        lengths = self.cache.lengths[:, None]
+        before = lengths + torch.arange(width, device=self.device) - 1
+        rows = torch.arange(len(lengths), device=self.device)[:, None]
+        return torch.where((before >= 0)[..., None], self.source[rows, before.clamp(0, self.source.shape[1] - 1)], 0.0)
+
+
+class _EagleLayers:
+    """Calls the drafter as transformers calls a decoder; the inputs are [embedding, feature] side by side."""
+
+    def __init__(self, drafter: EagleDrafter, rotary: nn.Module) -> None:
+        self.drafter, self.rotary, self.config = drafter, rotary, drafter.block_config
+
+    def __call__(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, use_cache: bool
+    ) -> SimpleNamespace:
+        embeds, features = inputs_embeds.chunk(2, dim=-1)
+        turned = self.rotary(embeds, position_ids=position_ids)
+        hidden = self.drafter(embeds, features, attention_mask, turned, past_key_values)
+        return SimpleNamespace(last_hidden_state=hidden)

@@ -1,0 +1,263 @@
+"""Stage ``drafter``: train an EAGLE drafter for a text-to-image LlamaGen pipeline on pictures that the target draws itself.
+
+Features are computed on the fly and never stored: a training step runs the frozen target once over its own pictures, with
+and without caption. The drafter learns on what it will meet: samples of the guided law at the pipeline's own settings.
+Guesses behind the first one read predicted features, so these are trained too: the drafter runs over every picture
+several times, each time on its own predictions (training-time test of EAGLE-3, arXiv 2503.01840).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arsd.decoding import Laws
+from arsd.devices import has_fast_bfloat16
+from arsd.errors import DataError
+from arsd.models.eagle import EagleDrafter
+from arsd.models.llamagen import attention_bias
+from arsd.training.common import Muon, Run, save_atomically
+from arsd.training.data import held_out_captions, training_captions
+
+GENERATION_BATCH = 32
+HELD_OUT_PICTURES = 64
+
+
+@dataclass(frozen=True)
+class DrafterLoss:
+    """Weights of the loss of one predicted slot.
+
+    Args:
+        feature: SmoothL1 of the predicted feature (EAGLE: 1).
+        cross_entropy: of the drafter's law against the target's (EAGLE: 0.1).
+        acceptance: 1 - TV(p, q) is the probability of acceptance; its complement is the loss.
+        guided: take the laws behind guidance (``u + s (c - u)``) instead of those of each stream.
+        depth: runs over a picture, each on the features that the one before it predicted.
+        decay: weight of each run against the one before it.
+    """
+
+    feature: float = 1.0
+    cross_entropy: float = 0.1
+    acceptance: float = 1.0
+    guided: bool = True
+    depth: int = 3
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            DataError: for a negative weight or a depth below 1.
+        """
+        weights = (self.feature, self.cross_entropy, self.acceptance, self.decay)
+        if min(weights) < 0 or not any(weights[:3]) or self.depth < 1:
+            raise DataError(f"loss weights must be >= 0 and not all 0, depth at least 1: {self}")
+
+
+class _Grown:
+    """A cache of one layer whose keys grow by one run over the picture at a time."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
+        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
+        return self.keys, self.values
+
+
+def run_mask(bias: Tensor, run: int) -> Tensor:
+    """Additive mask [B, 1, T, (run + 1) T] of run ``run`` over a picture.
+
+    Slot t reads what a drafter has at hand when it makes its guess number ``run``: slots up to t - run with true features
+    (run 0), and slot t - run + i as run i made it.
+
+    Args:
+        bias: [B, 1, T, T], the target's own mask.
+        run: 0 for the run on true features.
+    """
+    length = bias.shape[-1]
+    behind = torch.arange(length, device=bias.device)[:, None] - torch.arange(length, device=bias.device)
+    lowest = torch.finfo(bias.dtype).min
+    parts = [bias.masked_fill(behind < run, lowest)]
+    for i in range(1, run + 1):
+        parts.append(bias.masked_fill(behind != run - i, lowest))
+    return torch.cat(parts, dim=-1)
+
+
+class DrafterTask:
+    """The frozen target of a pipeline, and the loss of a drafter on its pictures.
+
+    Args:
+        pipe: a text-to-image LlamaGen pipeline.
+        loss: weights.
+    """
+
+    def __init__(self, pipe: Any, loss: DrafterLoss) -> None:
+        self.pipe, self.loss = pipe, loss
+        self.transformer, self.lm = pipe.transformer, pipe.transformer.lm
+        config = pipe.law_config(self.transformer.config["sampling"], {})
+        self.laws, self.streams = Laws(config, pipe.make_grammar()), 1 if config.guidance_scale == 1 else 2
+
+    @torch.no_grad()
+    def teach(self, captions: list[str], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the drafter reads and should predict, streams one after another.
+
+        Args:
+            captions: B captions.
+            ids: [B, N] their pictures.
+
+        Returns:
+            Embeddings [S * B, T, D] of the condition and all tokens but the last, the target's features [S * B, T, D], and
+            the mask [S * B, 1, T, T].
+        """
+        condition, padding, _ = self.pipe.encode_inputs(captions, guided=self.streams == 2)
+        condition = condition.flatten(0, 1)
+        tokens = self.lm.model.embed_tokens(ids[:, :-1]).repeat(self.streams, 1, 1)
+        embeds = torch.cat([condition, tokens], dim=1)
+        keep = None if padding is None else ~padding.flatten(0, 1)
+        bias = attention_bias(embeds, keep)
+        places = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        out = self.lm.model(inputs_embeds=embeds, attention_mask=bias, position_ids=places, use_cache=False)
+        return embeds, out.last_hidden_state, bias
+
+    def __call__(self, drafter: nn.Module, embeds: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss, and the acceptance probability 1 - TV(p, q) of each run, averaged over the picture's tokens."""
+        first = embeds.shape[1] - self.transformer.num_tokens  # the slot whose feature gives the first token's law
+        places = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        rotary = self.lm.model.rotary_emb(embeds, position_ids=places)
+        with torch.no_grad():
+            p = self._law(features[:, first:])
+        cache, fed = _Grown(), features
+        losses, accepted = [], []
+        for run in range(self.loss.depth):
+            guessed = drafter(embeds, F.pad(fed, (0, 0, 1, -1)), run_mask(bias, run), rotary, cache)
+            q = self._law(guessed[:, first:])
+            accepted.append(torch.minimum(p.exp(), q.exp()).sum(-1).mean())
+            entropy = -(p.exp() * q).sum(-1).mean()
+            feature = F.smooth_l1_loss(guessed[:, first:].float(), features[:, first:].float())
+            weights = self.loss
+            one = weights.feature * feature + weights.cross_entropy * entropy + weights.acceptance * (1 - accepted[-1])
+            losses.append(weights.decay**run * one)
+            fed = guessed
+        return torch.stack(losses).sum(), accepted
+
+    def _law(self, features: Tensor) -> Tensor:
+        """Log-probabilities [B or S * B, N, V] without the filters, whose edges have no gradient."""
+        logits = self.lm.lm_head(features).float()
+        if not self.loss.guided or self.streams == 1:
+            return torch.log_softmax(logits, -1)
+        conditional, unconditional = logits.chunk(2)
+        scale = self.laws.config.guidance_scale
+        scores = unconditional + scale * (conditional - unconditional)
+        return torch.log_softmax(scores / (self.laws.config.temperature or 1.0), -1)
+
+
+@torch.no_grad()
+def draw_pictures(pipe: Any, captions: list[str], count: int, path: Path, seed: int) -> tuple[list[str], Tensor]:
+    """``count`` pictures of random captions by the target, kept in ``path`` and resumed from it.
+
+    Returns:
+        Captions and tokens [count, N].
+
+    Raises:
+        DataError: when ``path`` is damaged.
+    """
+    names: list[str] = []
+    tokens = torch.zeros(0, pipe.transformer.num_tokens, dtype=torch.int64)
+    if path.is_file():
+        try:
+            state = torch.load(path, weights_only=True)
+            names, tokens = state["captions"], state["tokens"].long()
+        except Exception as error:  # a damaged archive raises anything
+            raise DataError(f"cannot go on with {path} ({type(error).__name__}): delete it or use a new --out") from error
+    while len(names) < count:
+        source = torch.Generator().manual_seed(seed + len(names))
+        size = min(GENERATION_BATCH, count - len(names))
+        some = [captions[i] for i in torch.randint(len(captions), (size,), generator=source).tolist()]
+        made = pipe(some, generator=source, output_type="latent", progress=False).tokens.cpu()
+        names, tokens = names + some, torch.cat([tokens, made])
+        save_atomically({"captions": names, "tokens": tokens.short()}, path)
+        print(f"{len(names)} of {count} pictures drawn", flush=True)
+    return names[:count], tokens[:count]
+
+
+def train_drafter(
+    pipe: Any,
+    out: Path,
+    minutes: float = 60,
+    pictures: int = 3000,
+    batch: int = 8,
+    lr: float = 3e-3,
+    loss: DrafterLoss | None = None,
+    seed: int = 0,
+    save_minutes: float = 5,
+) -> EagleDrafter:
+    """Draw pictures with the target, then train (or go on training) an EAGLE drafter on them.
+
+    Args:
+        pipe: the pipeline to draft for.
+        out: run folder; ``samples.pt`` and ``checkpoint.pt`` in it are resumed.
+        minutes: time budget of the training itself, over all resumed runs.
+        pictures: how many pictures the target draws first.
+        batch: pictures per step.
+        lr: peak learning rate.
+        loss: weights of the loss.
+        seed: of weights, pictures and batches.
+        save_minutes: minutes between checkpoints.
+
+    Returns:
+        The averaged drafter, float32.
+
+    Raises:
+        DataError: for sizes that make no sense, or a run folder of another configuration.
+    """
+    if not minutes > 0 or pictures < 1 or batch < 1:
+        raise DataError(f"minutes ({minutes}), pictures ({pictures}) and batch ({batch}) must be positive")
+    torch.manual_seed(seed)
+    pipe.set_progress_bar_config(disable=True)
+    task = DrafterTask(pipe, loss or DrafterLoss())
+    pipe.transformer.requires_grad_(False)
+    names, ids = draw_pictures(pipe, training_captions(), pictures, out / "samples.pt", seed)
+    held_names, held_ids = draw_pictures(pipe, held_out_captions(), HELD_OUT_PICTURES, out / "held_out.pt", seed + 10**6)
+    drafter = EagleDrafter.for_transformer(pipe.transformer.lm)
+    matrices: list[nn.Parameter] = [m.weight for m in drafter.modules() if isinstance(m, nn.Linear)]  # type: ignore[misc]
+    others = [p for p in drafter.parameters() if p.ndim < 2]
+    optimizers = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    run = Run(out, drafter, optimizers, lr, minutes)
+    source = torch.Generator().manual_seed(seed + run.step)
+    while run.begin_step():
+        pick = torch.randint(len(names), (batch,), generator=source)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
+            lesson = task.teach([names[i] for i in pick.tolist()], ids[pick])
+            value, accepted = task(drafter, *lesson)
+        run.finish_step(value, accepted=[round(float(a.detach()), 4) for a in accepted])
+        if run.due(save_minutes):
+            run.save()
+            run.log(held_out=held_out_acceptance(task, averaged(run), held_names, held_ids))
+    return averaged(run)
+
+
+def averaged(run: Run) -> EagleDrafter:
+    """The drafter of the averaged weights."""
+    assert isinstance(run.model, EagleDrafter)
+    drafter = EagleDrafter.from_config(run.model.config)
+    drafter.load_state_dict(run.average.values)
+    return drafter.eval()
+
+
+@torch.no_grad()
+def held_out_acceptance(task: DrafterTask, drafter: EagleDrafter, captions: list[str], ids: Tensor) -> list[float]:
+    """Mean 1 - TV(p, q) of the first, second, ... guess on pictures of captions that were not trained on."""
+    totals = torch.zeros(task.loss.depth)
+    for first in range(0, len(captions), 16):
+        part = slice(first, first + 16)
+        lesson = task.teach(captions[part], ids[part])
+        totals += torch.stack(task(drafter, *lesson)[1]) * len(captions[part])
+    return [round(float(x), 4) for x in totals / len(captions)]
