@@ -23,7 +23,7 @@ _LAZY = {
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
     "SJD": "arsd.decoding.strategies",
-    "SmallARDrafter": "arsd.models.draft_models",
+    "SmallARDrafter": "arsd.decoding.small_ar",
     "Speculative": "arsd.decoding.speculative",
     "VQTokenizer": "arsd.tokenizers.vq",
     "parse_strategy": "arsd.decoding.strategies",
@@ -37,10 +37,10 @@ __all__ = sorted(_LAZY)
 if TYPE_CHECKING:
     from arsd.decoding.model_strategies import Eagle, Hybrid
     from arsd.decoding.registry import register_drafter, register_rule
+    from arsd.decoding.small_ar import SmallARDrafter
     from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
     from arsd.errors import ArsdError
-    from arsd.models.draft_models import SmallARDrafter
     from arsd.models.eagle import EagleDrafter
     from arsd.models.llamagen import LlamaGenTransformer
     from arsd.pipelines.auto import AutoARPipeline, shipped_models

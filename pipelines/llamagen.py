@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from arsd.decoding import SJD, DecodingStrategy, Grammar
+from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import DraftModel
 from arsd.errors import InputError
 from arsd.models.captions import encode_captions, unknown_words
-from arsd.models.draft_models import EagleDraftModel, SmallARDrafter
 from arsd.models.eagle import EagleDrafter
+from arsd.models.eagle_draft import EagleDraftModel
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.target import DecoderTarget
 from arsd.pipelines.base import (

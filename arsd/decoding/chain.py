@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -113,18 +115,13 @@ class HybridDrafter:
         setting: of the call.
         length: guesses of the model.
         init: what a Jacobi slot holds when it enters the window.
-
-    Raises:
-        StrategyError: under a rule that needs the law q of the guesses.
     """
 
     needs_law = False
 
     def __init__(self, setting: Setting, length: int = 4, init: str = "uniform") -> None:
-        if getattr(setting.rule, "needs_law", False):
-            raise StrategyError("hybrid drafts have no law q of their own: use the rule seed-exact")
         call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
-        self.front = ChainDrafter(setting, min(length, setting.window - 1))
+        self.front = ChainDrafter(replace(setting, rule=None), min(length, setting.window - 1))
         self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device)
 
     def begin(self, target: Target) -> None:

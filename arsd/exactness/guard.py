@@ -88,6 +88,8 @@ class GuardedDrafter:
     def __init__(self, drafter: Drafter, vocab: int) -> None:
         self.drafter, self.vocab = drafter, vocab
         self.needs_law = bool(getattr(drafter, "needs_law", False))
+        if hasattr(drafter, "begin"):
+            self.begin = drafter.begin
 
     def propose(self, step: Step) -> Draft:
         """The drafter's guesses.
@@ -131,6 +133,8 @@ class AsFixed:
 
     def __init__(self, drafter: Drafter, vocab: int) -> None:
         self.drafter, self.vocab = drafter, vocab
+        if hasattr(drafter, "begin"):
+            self.begin = drafter.begin
 
     def propose(self, step: Step) -> Draft:
         """The guesses, q one-hot."""

@@ -10,19 +10,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arsd.decoding import CounterNoise, Grammar, Setting
-from arsd.decoding.drafters import Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
+from arsd.decoding import Grammar, Parts, Setting
+from arsd.decoding.drafters import NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.types import FixedWindow
 from arsd.errors import StrategyError
 from arsd.exactness.guard import MakeDrafter, MakeRule, drafter_under, rule_under_jacobi, rule_under_replay
-from arsd.exactness.tables import Build, World, law_z, pairs_z, sample, total_variation
+from arsd.exactness.tables import Build, TableTarget, World, law_z, pairs_z, run, sample, total_variation
 from arsd.exactness.tape import NotEnumerable, push_forward
 from arsd.exactness.worlds import INITS, LAWS, SAMPLED, VOCAB, WORLDS, picture, picture_grammar, plain_picture
 from arsd.plugins import one_line
@@ -201,8 +202,14 @@ def check_drafter(
 
 
 def _gives_law(make: MakeDrafter) -> bool:
-    call = (1, 4, 2, Grammar(4, 3), CounterNoise([0], [0]), torch.device("cpu"))
-    return bool(getattr(make(Setting(*call, window=3, rule=RejectionSampling())), "needs_law", False))
+    grammar, made = Grammar(4, 3), []
+
+    def build(setting: Setting) -> Parts:
+        made.append(make(replace(setting, window=3, rule=RejectionSampling())))
+        return Parts(NoDraft(), SeedExact(), FixedWindow(1), 1)
+
+    run(TableTarget(3, 4, 1), parts=build, grammar=grammar, row_length=2)
+    return bool(getattr(made[0], "needs_law", False))
 
 
 def _alone(way: Callable[[int], Build], window: int) -> list[Build]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arsd.decoding import CounterNoise, DecodeRequest, DecodeResult, Grammar, LawConfig, Laws, Parts, Setting, decode
+from arsd.decoding.small_ar import SmallARDrafter
 
 Build = Callable[[Setting], Parts]
 
@@ -44,6 +45,13 @@ class TableTarget:
         self.offsets = torch.tensor([0, *(vocab**n for n in range(num_tokens))]).cumsum(0)
         self.context = torch.zeros(batch, num_tokens + 130, dtype=torch.int64)  # what a KV cache would remember
         self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.seed, self.sharpness = seed, sharpness
+
+    def small(self) -> TableTarget:
+        """A draft model for this one: logits that are half these and half those of another seed."""
+        other = TableTarget(self.vocab, self.num_tokens, self.batch, self.streams, self.seed + 1000, self.sharpness)
+        other.flat = (self.flat + other.flat) / 2
+        return other
 
     def prefill(self, starts: list[int], pass_tokens: int) -> int:
         """Nothing to read: 0 passes."""
@@ -90,6 +98,13 @@ class HashTarget(TableTarget):
         generator = torch.Generator().manual_seed(seed)
         self.table = sharpness * torch.randn(streams, self.ROWS, vocab, generator=generator, dtype=torch.float64)
         self.context = torch.zeros(batch, num_tokens + 200, dtype=torch.int64)
+        self.sharpness = sharpness
+
+    def small(self) -> HashTarget:
+        """See :meth:`TableTarget.small`."""
+        other = HashTarget(self.vocab, self.num_tokens, self.batch, self.streams, self.seed + 1000, self.sharpness)
+        other.table = (self.table + other.table) / 2
+        return other
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
         """Logits [S, B, T, V] of one pass; see :class:`arsd.decoding.types.Target`."""
@@ -112,7 +127,7 @@ def run(
     noise: Any = None,
     row_length: int = 0,
     parts: Build | None = None,
-    draft: dict[str, Any] | None = None,
+    codebook: Tensor | None = None,
     **request: Any,
 ) -> DecodeResult:
     """Decode a target with a strategy (or with ``parts``), as a pipeline does.
@@ -127,16 +142,16 @@ def run(
         noise: stands in for the production noise, e.g. a choice tape.
         row_length: tokens per line of the picture.
         parts: makes the parts of the loop, instead of ``strategy``.
-        draft: ``codebook`` and ``draft_model`` of the :class:`arsd.decoding.Setting`.
+        codebook: vectors of the ids, for rules that look for neighbours.
         request: more of :class:`arsd.decoding.DecodeRequest`.
     """
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
     laws = Laws(config or LawConfig(), grammar)
     count = request.get("pictures") or target.batch
     noise = noise or CounterNoise(seeds or [0] * count, images or list(range(count)), batch=target.batch)
-    setting = Setting(
-        target.batch, grammar.num_tokens, row_length, grammar, noise, target.device, laws=laws, **(draft or {})
-    )
+    call = (target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
+    draft_model = (lambda window: SmallARDrafter(target.small(), window)) if hasattr(target, "small") else None
+    setting = Setting(*call, laws=laws, codebook=codebook, draft_model=draft_model)
     wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
 

@@ -8,6 +8,7 @@ several times, each time on its own predictions (training-time test of EAGLE-3, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,10 @@ class DrafterTask:
     def __call__(self, drafter: nn.Module, embeds: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss, and the acceptance probability 1 - TV(p, q) of each run, averaged over the picture's tokens."""
         first = embeds.shape[1] - self.transformer.num_tokens  # the slot whose feature gives the first token's law
-        places = torch.arange(embeds.shape[1], device=embeds.device)[None]
-        rotary = self.lm.model.rotary_emb(embeds, position_ids=places)
         with torch.no_grad():
             p = self._law(features[:, first:])
-        cache, fed = _Grown(), features
         losses, accepted = [], []
-        for run in range(self.loss.depth):
-            guessed = drafter(embeds, F.pad(fed, (0, 0, 1, -1)), run_mask(bias, run), rotary, cache)
+        for run, guessed in enumerate(self.runs(drafter, embeds, features, bias)):
             q = self._law(guessed[:, first:])
             accepted.append(torch.minimum(p.exp(), q.exp()).sum(-1).mean())
             entropy = -(p.exp() * q).sum(-1).mean()
@@ -145,8 +142,21 @@ class DrafterTask:
             weights = self.loss
             one = weights.feature * feature + weights.cross_entropy * entropy + weights.acceptance * (1 - accepted[-1])
             losses.append(weights.decay**run * one)
-            fed = guessed
         return torch.stack(losses).sum(), accepted
+
+    def runs(self, drafter: nn.Module, embeds: Tensor, features: Tensor, bias: Tensor) -> Iterator[Tensor]:
+        """Predicted features [S * B, T, D] of each run over the pictures; slot t of run j is a chain's guess number j."""
+        places = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        rotary = self.lm.model.rotary_emb(embeds, position_ids=places)
+        if (
+            bias.shape[-1] - self.transformer.num_tokens > 0
+        ):  # more than one condition slot: the first has no feature before it
+            bias = bias.clone()
+            bias[:, :, 1:, 0] = torch.finfo(bias.dtype).min
+        cache, fed = _Grown(), features
+        for run in range(self.loss.depth):
+            fed = drafter(embeds, F.pad(fed, (0, 0, 1, -1)), run_mask(bias, run), rotary, cache)
+            yield fed
 
     def _law(self, features: Tensor) -> Tensor:
         """Log-probabilities [B or S * B, N, V] without the filters, whose edges have no gradient."""

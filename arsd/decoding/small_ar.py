@@ -1,0 +1,63 @@
+"""An independent small AR model as the :class:`arsd.decoding.types.DraftModel` of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arsd.decoding.types import Target
+from arsd.errors import InputError
+
+
+class SmallARDrafter:
+    """An independent small model of the same tokens.
+
+    Args:
+        model: the small model with its own conditions, cache and as many rows as the target; any
+            :class:`arsd.decoding.types.Target` will do, such as a :class:`arsd.models.target.DecoderTarget` around any
+            transformers decoder.
+        pass_tokens: tokens per pass in which it reads conditions.
+    """
+
+    def __init__(self, model: Any, pass_tokens: int) -> None:
+        self.model, self.pass_tokens = model, max(2, pass_tokens)
+        self.fresh: set[int] = set(range(model.batch))  # rows whose condition is not read
+        self.lengths = torch.zeros(model.batch, dtype=torch.int64, device=model.device)
+        self.starts = [0] * model.batch
+
+    def begin(self, target: Target) -> None:
+        """Nothing of the target is read.
+
+        Raises:
+            InputError: when it has another vocabulary.
+        """
+        if self.model.vocab != target.vocab:
+            raise InputError(f"the drafter has {self.model.vocab} ids, the target {target.vocab}: they must be the same")
+
+    def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        new = {b for b in self.fresh if read[b] == 0}
+        starts = [max(0, n) for n in read]
+        if new and self.model.unread:
+            self.model.prefill([-self.model.unread if b in new else n for b, n in enumerate(starts)], self.pass_tokens)
+        self.fresh -= new
+        return self._pass(tokens, starts, columns)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        return self._pass(tokens[:, None], self.starts, [0] * len(tokens))
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """See :class:`arsd.decoding.types.DraftModel`."""
+        self.fresh |= set(rows)
+        self.model.join(rows, pictures)
+
+    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
+        lengths = torch.tensor(starts, device=self.model.device)
+        self.model.rollback(lengths)
+        logits = self.model.forward(tokens, lengths, starts)
+        self.starts = [n + c + 1 for n, c in zip(starts, columns, strict=True)]
+        chosen = torch.tensor(columns, device=logits.device)
+        return logits[:, torch.arange(len(starts), device=logits.device), chosen]

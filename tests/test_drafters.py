@@ -1,0 +1,237 @@
+"""Draft models: EAGLE reads what it was trained on, small models what they were given, and neither shows in the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_pipeline import hushed
+from tiny_pipeline import TOKENS, class_pipeline, codes, one_clear_line, seeded, text_pipeline, tiny_transformer
+from torch import Tensor
+from torch.nn import functional as F
+
+import arsd
+from arsd import EagleDrafter
+from arsd.decoding.types import DraftModel
+from arsd.errors import ArsdError, InputError, StrategyError
+from arsd.models.eagle_draft import EagleDraftModel
+from arsd.training.drafter import DrafterLoss, DrafterTask
+
+PROMPTS = ["red apple", "green pear dog face blue heart", "dog face", "blue heart"]  # the second fills its slots
+
+
+def eagle(pipe: arsd.LlamaGenPipeline, seed: int = 3) -> EagleDrafter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EagleDrafter.for_transformer(pipe.transformer.lm).eval().to(pipe.transformer.dtype)
+
+
+def drafting(pipe: arsd.LlamaGenPipeline, drafter: Any = None) -> arsd.LlamaGenPipeline:
+    pipe.register_modules(drafter=drafter if drafter is not None else eagle(pipe))
+    return hushed(pipe)
+
+
+@pytest.fixture(scope="module", params=["text", "class"])
+def pipe(request) -> arsd.LlamaGenPipeline:
+    return drafting(text_pipeline() if request.param == "text" else class_pipeline())
+
+
+def inputs(pipe: arsd.LlamaGenPipeline) -> dict[str, Any]:
+    return {"prompt": PROMPTS} if pipe.text_encoder is not None else {"class_labels": [0, 1, 2, 3]}
+
+
+# ---------------------------------------------------------------- EAGLE at work is EAGLE in training
+
+
+@pytest.fixture(scope="module")
+def double() -> arsd.LlamaGenPipeline:
+    return drafting(text_pipeline().to(torch.float64))
+
+
+def decoded(pipe: arsd.LlamaGenPipeline) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """(tokens, condition, padding, target that has read them all and kept its features)."""
+    tokens = codes(pipe, PROMPTS)
+    condition, padding, _ = pipe.encode_inputs(PROMPTS)
+    target = pipe.target_maker(condition, padding)(4, len(PROMPTS))
+    target.keep_features()
+    with torch.inference_mode():
+        target.prefill([-target.unread] * len(tokens), 4)
+        for n in range(0, TOKENS, 4):
+            lengths = torch.full((len(tokens),), n)
+            target.rollback(lengths)
+            fed = F.pad(tokens, (1, 0))[:, n : n + 4]
+            target.forward(fed, lengths, lengths.tolist())
+    return tokens, condition, padding, target
+
+
+def draft_model(pipe: arsd.LlamaGenPipeline, condition: Tensor, padding: Tensor, window: int = 5) -> EagleDraftModel:
+    lm = pipe.transformer.lm
+    parts = (pipe.drafter, lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens)
+    return EagleDraftModel(*parts, condition, TOKENS, window, padding)
+
+
+def test_guess_number_j_reads_what_run_j_of_the_training_read(double):
+    """Logits of every guess, in chains that begin at every position, against the training's runs over whole pictures."""
+    tokens, condition, padding, target = decoded(double)
+    task = DrafterTask(double, DrafterLoss(depth=4))
+    embeds, features, bias = task.teach(PROMPTS, tokens)
+    kept = target.features[:, : features.shape[1]]
+    torch.testing.assert_close(kept[:, -TOKENS:], features[:, -TOKENS:], rtol=0, atol=1e-10)
+    head = double.transformer.lm.lm_head
+    with torch.inference_mode():
+        runs = [head(guessed).unflatten(0, (2, -1)) for guessed in task.runs(double.drafter, embeds, features, bias)]
+        model = draft_model(double, condition, padding)
+        model.begin(target)
+        first = features.shape[1] - TOKENS
+        for n in (0, 1, 4, 5, 9, 12):
+            read = max(0, n - 3)
+            fed = F.pad(tokens, (1, 8))[:, read : read + 5]
+            logits = model.catch_up(fed, [read] * len(tokens), [n - read] * len(tokens))
+            for j in range(4):
+                torch.testing.assert_close(logits, runs[j][:, :, first + n + j], rtol=0, atol=1e-9)
+                if n + j < TOKENS - 1:
+                    logits = model.extend(tokens[:, n + j])
+
+
+def test_a_row_that_begins_another_picture_forgets_the_one_before(double):
+    tokens, condition, padding, target = decoded(double)
+    swapped = [2, 0, 3, 1]
+    with torch.inference_mode():
+        fresh = draft_model(double, condition[:, swapped], padding[:, swapped])
+        used = draft_model(double, condition, padding)
+        used.begin(target)
+        used.catch_up(tokens[:, :5], [0] * 4, [4] * 4)
+        used.join([0, 1, 2, 3], swapped)
+        order = torch.tensor([s * 4 + b for s in range(2) for b in swapped])
+        target.features[:] = target.features[order]
+        fresh.begin(target)
+        fed = F.pad(tokens[swapped], (1, 0))[:, :5]
+        results = [model.catch_up(fed, [0] * 4, [3, 0, 2, 1]) for model in (fresh, used)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_row_that_still_reads_its_condition_waits(double):
+    """Junk passes of a waiting row leave no trace."""
+    tokens, condition, padding, target = decoded(double)
+    fed = F.pad(tokens, (1, 0))[:, :5]
+    with torch.inference_mode():
+        plain, waited = draft_model(double, condition, padding), draft_model(double, condition, padding)
+        for model in (plain, waited):
+            model.begin(target)
+        waited.catch_up(fed, [0, -1, 0, -1], [2, 0, 1, 0])
+        waited.extend(tokens[:, 3])
+        results = [model.catch_up(fed, [0] * 4, [3, 2, 1, 0]) for model in (plain, waited)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- the drafter does not show
+
+
+@pytest.mark.parametrize("decoder", ["eagle", "eagle:draft_length=1", "eagle:draft_length=9", "hybrid:window=8"])
+def test_plain_ars_tokens_whatever_the_drafter(pipe, decoder):
+    plain = codes(pipe, **inputs(pipe), decoder="ar")
+    assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoder), plain)
+    assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoder, batch_size=3), plain)
+    assert torch.equal(
+        codes(pipe, **inputs(pipe), decoder=decoder, guidance_scale=1.0),
+        codes(pipe, **inputs(pipe), decoder="ar", guidance_scale=1.0),
+    )
+
+
+def test_strategies_with_and_without_a_drafter_share_a_batch(pipe):
+    decoders = ["eagle:draft_length=3", "ar", "hybrid:window=6", "sjd:window=4"]
+    plain = codes(pipe, **inputs(pipe), decoder="ar")
+    assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoders), plain)
+    assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoders, batch_size=2), plain)
+
+
+def test_a_drafter_that_knows_the_answer_is_always_right():
+    """A small model that is the target itself: every pass takes all guesses, under either rule, and in a queue."""
+    pipe = drafting(text_pipeline())
+    pipe.drafter = pipe.transformer
+    for decoder in ("eagle:draft_length=3", "eagle:draft_length=3,coupling=rejection"):
+        for size in (None, 3):
+            out = pipe(PROMPTS, generator=seeded(0), decoder=decoder, batch_size=size, output_type="latent")
+            assert out.stats.tokens_per_pass == 4 and out.stats.row_passes == [4] * 4
+
+
+def test_a_smaller_model_of_the_same_codes_drafts(pipe):
+    other = tiny_transformer(pipe.transformer.config["condition"], seed=1)
+    plain = codes(pipe, **inputs(pipe), decoder="ar")
+    mine, pipe.drafter = pipe.drafter, other
+    try:
+        for decoder in ("eagle", "hybrid:window=8", "speculative:drafter=draft-model,rule=seed-exact,window=4"):
+            assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoder), plain)
+    finally:
+        pipe.drafter = mine
+
+
+# ---------------------------------------------------------------- saving, mistakes
+
+
+def test_a_pipeline_saves_and_loads_its_drafter(tmp_path):
+    pipe = drafting(text_pipeline())
+    without = text_pipeline()
+    without.save_pretrained(tmp_path / "without")
+    pipe.save_pretrained(tmp_path / "with")
+    loaded = hushed(arsd.AutoARPipeline.from_pretrained(tmp_path / "with"))
+    assert isinstance(loaded.drafter, EagleDrafter)
+    for key, value in pipe.drafter.state_dict().items():
+        assert torch.equal(loaded.drafter.state_dict()[key], value)
+    outs = [p(PROMPTS, generator=seeded(0), decoder="eagle") for p in (pipe, loaded)]
+    assert outs[0].stats.forward_passes == outs[1].stats.forward_passes
+    bare = hushed(arsd.AutoARPipeline.from_pretrained(tmp_path / "without"))
+    assert bare.drafter is None and bare.model_hash == loaded.model_hash  # a drafter is no part of the model
+
+
+def test_a_small_model_is_saved_as_a_drafter_too(tmp_path):
+    pipe = drafting(text_pipeline(), tiny_transformer("text", seed=1))
+    pipe.save_pretrained(tmp_path)
+    loaded = arsd.AutoARPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.drafter, arsd.LlamaGenTransformer)
+
+
+@pytest.mark.parametrize("decoder", ["eagle", "hybrid:window=8", "speculative:drafter=draft-model,window=4"])
+def test_without_a_drafter_there_is_one_clear_error(decoder):
+    with pytest.raises(StrategyError) as error:
+        hushed(text_pipeline())("red apple", decoder=decoder)
+    one_clear_line(error.value, "no drafter")
+
+
+def test_a_drafter_of_another_model_is_refused():
+    pipe = text_pipeline()
+    wrong = [EagleDrafter(hidden_size=32, num_heads=2, intermediate_size=64), "eagle"]
+    for drafter in wrong[:1]:
+        with pytest.raises(InputError) as error:
+            drafting(pipe, drafter)("red apple", decoder="eagle")
+        one_clear_line(error.value, "another model")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("eagle:draft_length=0", "draft_length"),
+        ("eagle:draft_length=4,pass_tokens=4", "pass_tokens"),
+        ("eagle:coupling=none", "coupling"),
+        ("hybrid:draft_length=8,window=8", "window"),
+        ("hybrid:init=middle", "init"),
+        ("hybrid:window=8,pass_tokens=4", "pass_tokens"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(text, says):
+    with pytest.raises(StrategyError) as error:
+        arsd.parse_strategy(text)
+    one_clear_line(error.value, says)
+
+
+def test_blocks_and_inputs_that_do_not_exist_are_refused():
+    for options in ({"block": "mamba"}, {"condition_inputs": "none"}):
+        with pytest.raises(ArsdError):
+            EagleDrafter(hidden_size=64, num_heads=2, intermediate_size=64, **options)
+
+
+def test_the_protocol_is_kept(double):
+    _, condition, padding, _ = decoded(double)
+    model: DraftModel = draft_model(double, condition, padding)
+    assert all(callable(getattr(model, name)) for name in ("begin", "catch_up", "extend", "join"))
