@@ -1,4 +1,4 @@
-"""``arsd train data | vq | target``: make emoji-128 from scratch, stage by stage; each stage resumes where it stopped."""
+"""``arsd train data | vq | target | drafter``: make emoji-128 and its drafter; each stage resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def add_parser(commands: Any) -> None:
     target.add_argument("--layers", type=int, default=6)
     target.add_argument("--width", type=int, default=384)
     target.set_defaults(run=run_target)
+    drafter = stages.add_parser("drafter", help="train an EAGLE drafter on pictures that the model draws")
+    drafter.add_argument("--model", default="emoji-128", help="a shipped name, a pipeline folder or a hub id")
+    drafter.add_argument("--out", type=Path, default=Path("runs/drafter"))
+    drafter.add_argument("--into", type=Path, metavar="DIR", help="also add the drafter to this pipeline folder")
+    drafter.add_argument("--minutes", type=float, default=60, help="of training, after the pictures are drawn")
+    drafter.add_argument("--pictures", type=int, default=3000, help="drawn with the model first")
+    drafter.add_argument("--batch", type=int, default=8)
+    drafter.add_argument("--depth", type=int, default=3, help="guesses of a chain that are trained")
+    drafter.add_argument("--feature-weight", type=float, default=1.0, help="of the SmoothL1 loss of features")
+    drafter.add_argument("--cross-entropy-weight", type=float, default=0.1)
+    drafter.add_argument("--acceptance-weight", type=float, default=1.0, help="of the total variation, 1 - acceptance")
+    drafter.add_argument("--unguided", action="store_true", help="laws of each stream instead of the guided law")
+    drafter.set_defaults(run=run_drafter)
 
 
 def run_data(arguments: argparse.Namespace) -> int:
@@ -50,6 +63,31 @@ def run_vq(arguments: argparse.Namespace) -> int:
 
     train_vq(arguments.data, arguments.out, minutes=arguments.minutes)
     print(f"tokenizer in {arguments.out / 'vq'}/")
+    return 0
+
+
+def run_drafter(arguments: argparse.Namespace) -> int:
+    """Stage ``drafter``."""
+    from arsd.pipelines.auto import AutoARPipeline
+    from arsd.training.drafter import DrafterLoss, add_drafter, check_folder, ship_drafter, train_drafter
+
+    loss = DrafterLoss(
+        arguments.feature_weight,
+        arguments.cross_entropy_weight,
+        arguments.acceptance_weight,
+        guided=not arguments.unguided,
+        depth=arguments.depth,
+    )
+    if arguments.into is not None:
+        check_folder(arguments.into)
+    pipe = AutoARPipeline.from_pretrained(arguments.model)
+    options = {"minutes": arguments.minutes, "pictures": arguments.pictures, "batch": arguments.batch, "loss": loss}
+    drafter = train_drafter(pipe, arguments.out, **options)
+    ship_drafter(drafter, arguments.out / "drafter")
+    print(f"drafter in {arguments.out / 'drafter'}/")
+    if arguments.into is not None:
+        add_drafter(drafter, arguments.into)
+        print(f"and in {arguments.into}/")
     return 0
 
 

@@ -8,6 +8,8 @@ several times, each time on its own predictions (training-time test of EAGLE-3, 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,3 +273,33 @@ def held_out_acceptance(task: DrafterTask, drafter: EagleDrafter, captions: list
         lesson = task.teach(captions[part], ids[part])
         totals += torch.stack(task(drafter, *lesson)[1]) * len(captions[part])
     return [round(float(x), 4) for x in totals / len(captions)]
+
+
+def ship_drafter(drafter: EagleDrafter, folder: Path) -> None:
+    """Save a drafter in bfloat16."""
+    copy = EagleDrafter.from_config(drafter.config)
+    copy.load_state_dict(drafter.state_dict())
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError when ``folder`` is no pipeline folder that a drafter could be added to."""
+    if not (folder / "model_index.json").is_file():
+        raise DataError(f"{folder} has no model_index.json: --into takes the folder of a saved pipeline")
+
+
+def add_drafter(drafter: EagleDrafter, folder: Path) -> None:
+    """Add a drafter to a saved pipeline, as its component ``drafter``.
+
+    Raises:
+        DataError: when ``folder`` is no pipeline folder.
+    """
+    check_folder(folder)
+    ship_drafter(drafter, folder / "drafter")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["drafter"] = ["arsd.models.eagle", "EagleDrafter"]
+    scratch = folder / "model_index.json.part"
+    scratch.write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / "model_index.json")
