@@ -8,6 +8,7 @@ any bit, over as many slots as the farthest row needs.
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -26,18 +27,24 @@ class RowCacheLayer(CacheLayerMixin):
         self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a NaN behind the mask would leak
         self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.is_initialized = True
-        self._owner = owner
+        self._pass = weakref.ref(owner)  # a cycle would keep the buffers until the garbage collector comes by
+
+    @property
+    def _owner(self) -> RowCache:
+        owner = self._pass()
+        assert owner is not None
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the buffers exist from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries [B, H, T, d] and return the buffers as far as this pass attends."""
-        flat, width = self._owner.slots, self.keys.shape[-1]
+        owner, width = self._owner, self.keys.shape[-1]
+        flat = owner.slots
         self.keys.view(-1, width).index_copy_(0, flat, key_states.reshape(-1, width))
         self.values.view(-1, width).index_copy_(0, flat, value_states.reshape(-1, width))
-        attended = self._owner.attended
-        return self.keys[:, :, :attended], self.values[:, :, :attended]
+        return self.keys[:, :, : owner.attended], self.values[:, :, : owner.attended]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(attended slots, 0)."""
