@@ -47,11 +47,11 @@ class CoolSDRule(ChainRule):
 
     With a ``budget`` B the schedule is not used. The slot at position n of N may spend B (n + 1) / N, less what was spent at
     earlier positions of the picture, and its omega is the largest that costs no more. What a slot spends is fixed by its p
-    and q and by earlier positions, never by its own guess or by later ones. So, given all that happened at earlier positions,
-    its token has a law within t_n of p in total variation, and a maximal coupling with plain AR's draw, one position after
-    the other, parts the pictures with a probability of at most E[sum t_n]. Each position is committed in exactly one pass,
-    so sum t_n <= B on every path: the total variation to plain AR is at most B, and so is the expected number of tokens
-    that are not drawn as plain AR would have drawn them.
+    and q and by earlier positions, never by its own guess or by later ones. So, given all that happened at earlier
+    positions, its token has a law within t_n of p in total variation, and a maximal coupling with plain AR's draw, one
+    position after the other, parts the pictures with a probability of at most E[sum t_n]. Each position is committed in
+    exactly one pass, so sum t_n <= B on every path: the total variation to plain AR is at most B, and so is the expected
+    number of tokens that are not drawn as plain AR would have drawn them.
 
     Args:
         delta: mean of the factors; 1.1 and 2 are the paper's settings.

@@ -64,7 +64,7 @@ class Slots:
         """The slots ``index`` [B, m] only."""
         rows = torch.arange(len(index), device=index.device)[:, None]
         omega = None if self.omega is None else self.omega[rows, index]
-        return Slots(*(part[rows, index] for part in (self.p, self.q, self.guesses, self.guessed)), omega)
+        return Slots(self.p[rows, index], self.q[rows, index], self.guesses[rows, index], self.guessed[rows, index], omega)
 
     def masses(self, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """p and q of ``ids`` [B, n, m] in float64, or of the whole vocabulary as they are."""
