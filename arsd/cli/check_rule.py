@@ -71,8 +71,7 @@ def find_target(text: str) -> tuple[Registered, dict[str, Any]]:
         InputError: when it names neither a rule nor a drafter.
         StrategyError: for an option that is none.
     """
-    from arsd.decoding.registry import DRAFTERS, RULES
-    from arsd.decoding.speculative import split_part
+    from arsd.decoding.registry import DRAFTERS, RULES, split_part
     from arsd.plugins import find_object
 
     words = text.split(":")

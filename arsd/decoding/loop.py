@@ -194,6 +194,8 @@ def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
         return 0
     for part in (target, noise, parts.drafter):
         part.join(fresh, pictures)
+    if hasattr(parts.rule, "join"):  # most rules remember nothing
+        parts.rule.join(fresh, pictures)
     passes = 0
     if parts.pass_tokens == 1:
         passes = target.prefill(rows.starts, 1)

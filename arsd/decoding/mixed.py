@@ -134,6 +134,12 @@ class MixedRule:
             verdicts.append(verdict)
         return MixedVerdict(count, tokens, outcome, near_tie, local_tv, members=verdicts)
 
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Members that remember something forget these rows."""
+        for member in self.groups.members:
+            if hasattr(member.rule, "join"):
+                member.rule.join(rows, pictures)
+
 
 def build_parts(strategies: Sequence[DecodingStrategy], setting: Setting) -> Parts:
     """The parts of one call whose pictures may have different strategies; all share the longest pass.

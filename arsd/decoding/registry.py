@@ -139,3 +139,48 @@ def _find(table: dict[str, Registered], kind: str, name: Any) -> Registered:
     if not isinstance(name, str) or name not in table:
         raise StrategyError(f"unknown {kind} {name!r}: choose from {', '.join(table)}, or import the file that registers it")
     return table[name]
+
+
+def parse_value(text: str) -> Any:
+    """The value of an option: a number, ``none``, ``true``, ``false``, or the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def split_part(text: Any) -> tuple[Any, dict[str, Any]]:
+    """``name`` or ``name:key=value:key=value`` to the name and its options.
+
+    Raises:
+        StrategyError: for an option without a value.
+    """
+    name, *items = text.split(":") if isinstance(text, str) else (text,)
+    options = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise StrategyError(f"{item!r} in {text!r} is no option: write name:key=value:key=value")
+        options[key] = parse_value(value)
+    return name, options
+
+
+def made_rule(found: Registered, options: dict[str, Any]) -> Any:
+    """A rule with its options; a value that the rule itself refuses is the user's mistake as well.
+
+    Raises:
+        StrategyError: for options that do not fit.
+    """
+    try:
+        return found.make(**options)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, StrategyError) else StrategyError(f"rule {found.name!r}: {error}") from error
+
+
+def bound(rule: Any, setting: Any) -> Any:
+    """The rule, told of the call that it is for, if it asks: see ``bind`` of :class:`arsd.decoding.types.Rule`."""
+    if hasattr(rule, "bind"):
+        rule.bind(setting)
+    return rule

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,129 @@ class SeedExact:
         return _verdict(step, draft, tokens, tokens[:, :-1] == draft.tokens, near_tie=best - second < NEAR_TIE)
 
 
-class RejectionSampling:
-    """Speculative sampling (Leviathan et al. 2023; SJD, arXiv 2410.01699, algorithm 1); lossless.
+@dataclass
+class Slots:
+    """The slots of a pass as a chain rule sees them.
+
+    Args:
+        p: [B, n, V] target law.
+        q: [B, n, V] law that each guess was drawn from; zero where there is no guess.
+        guesses: [B, n]; 0 where there is none.
+        guessed: [B, n] whether there is a guess.
+        omega: [B, n] float64 factors of the rule, ``None`` for 1 everywhere.
+    """
+
+    p: Tensor
+    q: Tensor
+    guesses: Tensor
+    guessed: Tensor
+    omega: Tensor | None = None
+
+    @classmethod
+    def of(cls, p: Tensor, draft: Draft) -> Slots:
+        """All W slots; the last one has no guess."""
+        assert draft.law is not None
+        guesses = draft.tokens
+        guessed = torch.ones_like(guesses, dtype=torch.bool)
+        none = guessed.new_zeros(len(guesses), 1)
+        return cls(p, _pad_law(draft.law.to(p.dtype)), _pad(guesses), torch.cat([guessed, none], dim=1))
+
+    def at(self, index: Tensor) -> Slots:
+        """The slots ``index`` [B, m] only."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        omega = None if self.omega is None else self.omega[rows, index]
+        return Slots(self.p[rows, index], self.q[rows, index], self.guesses[rows, index], self.guessed[rows, index], omega)
+
+    def masses(self, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """p and q of ``ids`` [B, n, m] in float64, or of the whole vocabulary as they are."""
+        if ids is None:
+            return self.p, self.q
+        return self.p.gather(-1, ids).double(), self.q.gather(-1, ids).double()
+
+    def double(self) -> Slots:
+        """The same in float64."""
+        return replace(self, p=self.p.double(), q=self.q.double())
+
+
+class ChainRule:
+    """Base of the rules that test a chain of guesses against q: min(1, omega p(d) / q(d)); lossless for omega <= 1.
+
+    A rule is the mass a(x) = q(x) f(x) that it delivers by accepting. A guess d is taken with probability
+    f(d) = a(d) / q(d); the first one refused is replaced by a draw from G* = norm(max(p - a, 0)), which brings the law of
+    the slot as near to p as any residual can (COOL-SD, arXiv 2601.09212, theorem 2): the total variation that is left is
+    sum max(a - p, 0). Where nothing is left of p - a, a refusal has probability 0 up to rounding, and the draw is from p.
+
+    A member overrides :meth:`omegas`, or :meth:`delivered` (and :meth:`local_tv`) altogether.
+    """
+
+    needs_law = True
+    every_slot = False
+
+    def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
+        """See :class:`arsd.decoding.types.Rule`."""
+        slots = Slots.of(law.probs, draft)
+        slots.omega = self.omegas(step, slots)
+        chance = self.acceptance(slots)[:, :-1]
+        accepted = step.noise.bernoulli(chance, Purpose.ACCEPT, step.positions[:, :-1], step.iteration, step.active[:, :-1])
+        tokens = (self._judge_every_slot if self.every_slot else self._judge_until_refused)(step, slots, accepted)
+        verdict = _verdict(step, draft, tokens, accepted)
+        verdict.local_tv = self.local_tv(slots)
+        return verdict
+
+    def omegas(self, step: Step, slots: Slots) -> Tensor | None:
+        """[B, W] how far each slot is relaxed. It may depend on what happened before the slot's own guess was drawn only."""
+        return None
+
+    def delivered(self, slots: Slots, ids: Tensor | None = None) -> Tensor:
+        """a(x) = min(q, omega p) of ``ids`` [B, n, m] (float64), or of the whole vocabulary [B, n, V]."""
+        p, q = slots.masses(ids)
+        return torch.minimum(q, p if slots.omega is None else slots.omega[..., None].to(p.dtype) * p)
+
+    def acceptance(self, slots: Slots) -> Tensor:
+        """f(d) = a(d) / q(d) of each slot's guess [B, n]; NaN where there is none."""
+        guesses = slots.guesses[..., None]
+        return (self.delivered(slots, guesses) / slots.masses(guesses)[1])[..., 0]
+
+    def residual(self, slots: Slots) -> Tensor:
+        """Weights [B, n, V] of the draw that replaces a refused guess, or that stands where there is no guess."""
+        return _residual(slots.p, self.delivered(slots))
+
+    def local_tv(self, slots: Slots) -> Tensor | None:
+        """[B, n] total variation between p and the law of each slot once it is reached; ``None`` of a lossless rule."""
+        slots = slots.double()
+        return (self.delivered(slots) - slots.p).clamp_min(0).sum(-1)
+
+    def slot_law(self, slots: Slots) -> Tensor:
+        """The law [B, n, V] of a slot's token once it is reached, for proofs: O(V) times :meth:`residual`.
+
+        Every id stands in for the guess once, so this holds for residuals that depend on the guess as well.
+        """
+        slots, law = slots.double(), torch.zeros_like(slots.p, dtype=torch.float64)
+        for x in range(slots.p.shape[-1]):
+            one = replace(slots, guesses=torch.full_like(slots.guesses, x))
+            weights = self.residual(one)
+            weights = weights / weights.sum(-1, keepdim=True)
+            taken = self.delivered(one, one.guesses[..., None])
+            law += (slots.q[..., x : x + 1] - taken) * weights
+            law[..., x : x + 1] += taken
+        return torch.where(slots.guessed[..., None], law, slots.p)
+
+    def _judge_until_refused(self, step: Step, slots: Slots, accepted: Tensor) -> Tensor:
+        """The guesses, the first refused one (or the slot without a guess) replaced."""
+        first = _leading(accepted)[:, None]
+        at, active = step.positions.gather(1, first), step.active.gather(1, first)
+        fresh = step.noise.categorical(self.residual(slots.at(first)), Purpose.RESIDUAL, at, step.iteration, active)
+        return slots.guesses.scatter(1, first, fresh)
+
+    def _judge_every_slot(self, step: Step, slots: Slots, accepted: Tensor) -> Tensor:
+        """The guesses, every refused one replaced."""
+        refused = torch.cat([~accepted, step.active[:, -1:]], dim=1) & step.active
+        fresh = step.noise.categorical(self.residual(slots), Purpose.RESIDUAL, step.positions, step.iteration, refused)
+        return torch.where(refused, fresh, slots.guesses)
+
+
+class RejectionSampling(ChainRule):
+    """Speculative sampling (Leviathan et al. 2023; SJD, arXiv 2410.01699, algorithm 1); lossless: omega = 1.
 
     A guess d is taken with probability min(1, p(d) / q(d)); the first one refused is replaced by a draw from
     norm(max(p - q, 0)); where there is no guess the token is drawn from p.
@@ -42,39 +165,16 @@ class RejectionSampling:
             coupling of successive iterates: arXiv 2510.24211).
     """
 
-    needs_law = True
-
     def __init__(self, every_slot: bool = False) -> None:
         self.every_slot = every_slot
 
-    def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
-        """See :class:`arsd.decoding.types.Rule`."""
-        assert draft.law is not None
-        p, q, guesses = law.probs, draft.law.to(law.probs.dtype), draft.tokens
-        p_d = p[:, :-1].gather(-1, guesses[..., None])[..., 0]
-        q_d = q.gather(-1, guesses[..., None])[..., 0]
-        ratio = (p_d.double() / q_d.double()).clamp_max(1.0)
-        noise, positions = step.noise, step.positions
-        accepted = noise.bernoulli(ratio, Purpose.ACCEPT, positions[:, :-1], step.iteration, step.active[:, :-1])
-        if self.every_slot:
-            weights = _residual(p, _pad_law(q))
-            refused = torch.cat([~accepted, step.active[:, -1:]], dim=1) & step.active
-            fresh = noise.categorical(weights, Purpose.RESIDUAL, positions, step.iteration, refused)
-            tokens = torch.where(refused, fresh, _pad(guesses))
-        else:
-            first = _leading(accepted)[:, None]  # W - 1 when every guess was taken: the slot without a guess
-            rows = torch.arange(len(first), device=first.device)[:, None]
-            q_first = _pad_law(q)[rows, first]
-            active = step.active.gather(1, first)
-            at = positions.gather(1, first)
-            fresh = noise.categorical(_residual(p[rows, first], q_first), Purpose.RESIDUAL, at, step.iteration, active)
-            tokens = _pad(guesses).scatter(1, first, fresh)
-        return _verdict(step, draft, tokens, accepted)
+    def local_tv(self, slots: Slots) -> None:
+        """Nothing to report: every slot has law p."""
 
 
-def _residual(p: Tensor, q: Tensor) -> Tensor:
-    """max(p - q, 0), or p where nothing is left of it (p = q up to rounding: a refusal has probability 0)."""
-    weights = (p - q).clamp_min(0)
+def _residual(p: Tensor, a: Tensor) -> Tensor:
+    """max(p - a, 0), or p where nothing is left of it (a >= p up to rounding: a refusal has probability 0)."""
+    weights = (p - a).clamp_min(0)
     return torch.where(weights.sum(-1, keepdim=True) > 0, weights, p)
 
 

@@ -9,14 +9,26 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
 
 from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
-from arsd.decoding.registry import Registered, find_drafter, find_rule, register_drafter, register_rule
+from arsd.decoding.registry import (
+    Registered,
+    bound,
+    find_drafter,
+    find_rule,
+    made_rule,
+    register_drafter,
+    register_rule,
+    split_part,
+)
+from arsd.decoding.relaxed import CoolSDRule, MarginRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
-from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _parse_value, _whole
+from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole
 from arsd.decoding.types import FixedWindow, Parts
 from arsd.errors import StrategyError
 
 register_rule("seed-exact", seed_exact=True)(SeedExact)
 register_rule("rejection")(RejectionSampling)
+register_rule("cool-sd", lossless=False)(CoolSDRule)
+register_rule("margin", lossless=False)(MarginRule)
 
 
 @register_drafter("none")
@@ -75,22 +87,6 @@ class JacobiGuesses(Jacobi):
         )
 
 
-def split_part(text: Any) -> tuple[Any, dict[str, Any]]:
-    """``name`` or ``name:key=value:key=value`` to the name and its options.
-
-    Raises:
-        StrategyError: for an option without a value.
-    """
-    name, *items = text.split(":") if isinstance(text, str) else (text,)
-    options = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key.isidentifier():
-            raise StrategyError(f"{item!r} in {text!r} is no option: write name:key=value:key=value")
-        options[key] = _parse_value(value)
-    return name, options
-
-
 class Speculative(DecodingStrategy):
     """A registered drafter under a registered rule; the promises are the rule's.
 
@@ -146,7 +142,8 @@ class Speculative(DecodingStrategy):
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
-        (found, options), rule, window = self._drafter, made_rule(*self._rule), self.config["window"]
+        (found, options), window = self._drafter, self.config["window"]
+        rule = bound(made_rule(*self._rule), setting)
         drafter = found.make(replace(setting, window=window, rule=rule), **options)
         self._refuse_without_law(rule, bool(getattr(drafter, "needs_law", False)))
         guesses = FixedWindow(1 if isinstance(drafter, NoDraft) else window)
@@ -156,18 +153,6 @@ class Speculative(DecodingStrategy):
         if getattr(rule, "needs_law", False) and not given:
             names = self.config["rule"], self.config["drafter"]
             raise StrategyError("rule {!r} needs the law q of the guesses, which drafter {!r} does not give".format(*names))
-
-
-def made_rule(found: Registered, options: dict[str, Any]) -> Any:
-    """A rule with its options; a value that the rule itself refuses is the user's mistake as well.
-
-    Raises:
-        StrategyError: for options that do not fit.
-    """
-    try:
-        return found.make(**options)
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, StrategyError) else StrategyError(f"rule {found.name!r}: {error}") from error
 
 
 STRATEGIES[Speculative.name] = Speculative

@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from arsd.decoding.drafters import Jacobi, NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.laws import Grammar, Laws
 from arsd.decoding.noise import Noise
+from arsd.decoding.registry import Registered, bound, find_rule, made_rule, parse_value, split_part
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.types import DraftModel, FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
@@ -118,7 +119,9 @@ class Autoregressive(DecodingStrategy):
 
 
 class SJD(DecodingStrategy):
-    """Speculative Jacobi Decoding (arXiv 2410.01699) with a choice of couplings between iterates; lossless, training-free.
+    """Speculative Jacobi Decoding (arXiv 2410.01699) with a choice of couplings between iterates; training-free.
+
+    Lossless, unless ``acceptance`` names a relaxed rule.
 
     Args:
         window: slots per pass: the last committed token and ``window - 1`` guesses; 1 is plain autoregressive decoding.
@@ -135,6 +138,13 @@ class SJD(DecodingStrategy):
             :class:`arsd.decoding.drafters.Jacobi`.
         pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``. It belongs to the identity of a sample
             in reduced precision, ``window`` does not.
+        acceptance: another rule that judges the guesses, by its registered name with options, as in
+            ``cool-sd:delta=2:nu=0.7`` (:func:`arsd.register_rule`); also a strategy that names one (its ``rule``). The
+            promises are then those of the rule. A rule that needs q goes with the couplings ``independent`` (which it gets
+            in the place of ``gumbel``) and ``gumbel-rejection``; ``maximal`` needs one that judges every slot.
+
+    Raises:
+        StrategyError: for values that do not fit.
     """
 
     name = "sjd"
@@ -148,7 +158,12 @@ class SJD(DecodingStrategy):
 
     @register_to_config
     def __init__(
-        self, window: int | str = "auto", coupling: str = "gumbel", init: str = "uniform", pass_tokens: int | None = None
+        self,
+        window: int | str = "auto",
+        coupling: str = "gumbel",
+        init: str = "uniform",
+        pass_tokens: int | None = None,
+        acceptance: str | DecodingStrategy | None = None,
     ) -> None:
         if window != "auto":
             _whole("window", window, 1)
@@ -158,23 +173,69 @@ class SJD(DecodingStrategy):
             raise StrategyError(f"unknown init {init!r}: choose from {', '.join(self._INITS)}")
         if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < (1 if isinstance(window, str) else window):
             raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
+        if isinstance(acceptance, DecodingStrategy):
+            self.register_to_config(acceptance=_rule_of(acceptance))
+        if acceptance is not None:
+            self._coupling_under(made_rule(*self._acceptance))
+
+    @property
+    def lossless(self) -> bool:  # type: ignore[override]
+        """Whether the rule is; all of SJD's own are."""
+        return self.config["acceptance"] is None or self._acceptance[0].lossless
 
     @property
     def seed_exact(self) -> bool:  # type: ignore[override]
         """Only the ``gumbel`` coupling gives plain AR's own tokens; the others only its law."""
+        if self.config["acceptance"] is not None:
+            return self._acceptance[0].seed_exact
         return bool(self.config["coupling"] == "gumbel")
+
+    @property
+    def _acceptance(self) -> tuple[Registered, dict[str, Any]]:
+        name, options = split_part(self.config["acceptance"])
+        return find_rule(name), options
+
+    def _coupling_under(self, rule: Rule) -> str:
+        """The coupling that is sound under another rule."""
+        coupling = str(self.config["coupling"])
+        if not getattr(rule, "needs_law", False) or coupling in ("independent", "gumbel-rejection"):
+            return coupling
+        if coupling == "gumbel":
+            return "independent"
+        if not getattr(rule, "every_slot", False):
+            raise StrategyError(
+                f"coupling=maximal needs a rule that judges every slot, which {self.config['acceptance']!r} does not: "
+                "use independent or gumbel-rejection"
+            )
+        return coupling
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
         window = auto_window(self.config["window"], self.config["pass_tokens"], setting)
         pass_tokens = self.config["pass_tokens"] or window
-        redraft, needs_law = self._COUPLINGS[self.config["coupling"]]
-        if window == 1 and not needs_law:
-            return Parts(NoDraft(), SeedExact(), FixedWindow(1), pass_tokens)
+        rule, redraft = self._rule_and_redraft(setting)
+        needs_law = bool(getattr(rule, "needs_law", False))
+        if window == 1 and isinstance(rule, SeedExact):
+            return Parts(NoDraft(), rule, FixedWindow(1), pass_tokens)
         call = (setting.batch, setting.num_tokens, setting.row_length, window, setting.grammar, setting.noise)
         drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device)
-        rule: Rule = RejectionSampling(every_slot=self.config["coupling"] == "maximal") if needs_law else SeedExact()
         return Parts(drafter, rule, FixedWindow(window), pass_tokens)
+
+    def _rule_and_redraft(self, setting: Setting) -> tuple[Rule, Redraft]:
+        coupling = self.config["coupling"]
+        if self.config["acceptance"] is not None:
+            rule = bound(made_rule(*self._acceptance), setting)
+            return rule, self._COUPLINGS[self._coupling_under(rule)][0]
+        redraft, needs_law = self._COUPLINGS[coupling]
+        return RejectionSampling(every_slot=coupling == "maximal") if needs_law else SeedExact(), redraft
+
+
+def _rule_of(strategy: DecodingStrategy) -> str:
+    """The rule that a strategy names."""
+    rule = strategy.config.get("rule")
+    if not isinstance(rule, str):
+        raise StrategyError(f"acceptance must name a rule, and {str(strategy)!r} has none: write name:key=value:key=value")
+    return rule
 
 
 STRATEGIES: dict[str, type[DecodingStrategy]] = {cls.name: cls for cls in (Autoregressive, SJD)}
@@ -196,14 +257,5 @@ def parse_strategy(text: str) -> DecodingStrategy:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
             raise StrategyError(f"{name} has no option {item!r}: its options are {', '.join(known)} (key=value)")
-        values[key] = _parse_value(value)
+        values[key] = parse_value(value)
     return cls(**values)
-
-
-def _parse_value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"none": None, "true": True, "false": False}.get(text.lower(), text)

@@ -113,7 +113,12 @@ class Drafter(Protocol):
 
 
 class Rule(Protocol):
-    """When a guess is taken."""
+    """When a guess is taken.
+
+    Optional: ``bind(setting)``, called once with the :class:`arsd.decoding.Setting` of the call before its first pass, for
+    what a rule makes of the codebook, the batch or the length of a picture; a rule that remembers anything between passes
+    has ``join(rows, pictures)`` too, as drafters have.
+    """
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """Judge the drafts of one pass under the target law."""

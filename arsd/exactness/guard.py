@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arsd.decoding import Draft, Law, Parts, Setting, Step, Verdict
 from arsd.decoding.drafters import Jacobi, NoDraft, Redraft
+from arsd.decoding.registry import bound
 from arsd.decoding.rules import SeedExact
 from arsd.decoding.types import Drafter, FixedWindow, Rule
 from arsd.exactness.tables import Build
@@ -79,7 +80,17 @@ class GuardedRule:
                 "Verdict.count must not exceed step.width: 0 in a finished row, clipped at the picture's end"
             )
         _expect_ids("Verdict.tokens", verdict.tokens[active], vocab)
+        if verdict.local_tv is not None:
+            floats = (torch.float32, torch.float64)
+            _expect("Verdict.local_tv", verdict.local_tv, (batch, window), "[B, W]", floats)
+            if not bool((verdict.local_tv >= 0)[step.active].all()):
+                raise ProtocolError("Verdict.local_tv must not be negative or NaN")
         return verdict
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Pass it on."""
+        if hasattr(self.rule, "join"):
+            self.rule.join(rows, pictures)
 
 
 class GuardedDrafter:
@@ -177,7 +188,7 @@ def rule_under_jacobi(make_rule: MakeRule, redraft: Redraft, init: str, window: 
     """The rule on trial, with Jacobi guesses."""
 
     def build(setting: Setting) -> Parts:
-        rule, grammar = make_rule(), setting.grammar
+        rule, grammar = bound(make_rule(), setting), setting.grammar
         call = (setting.batch, setting.num_tokens, setting.row_length, window, grammar, setting.noise)
         drafter = Jacobi(redraft, init, bool(getattr(rule, "needs_law", False)), *call)
         return Parts(GuardedDrafter(drafter, grammar.vocab), GuardedRule(rule), FixedWindow(window), window)
@@ -190,7 +201,7 @@ def rule_under_replay(make_rule: MakeRule, answer: Tensor, vocab: int, wrong: in
 
     def build(setting: Setting) -> Parts:
         drafter: Drafter = Replay(answer, vocab, wrong)
-        return Parts(drafter, GuardedRule(make_rule()), FixedWindow(window), window)
+        return Parts(drafter, GuardedRule(bound(make_rule(), setting)), FixedWindow(window), window)
 
     return build
 
@@ -199,7 +210,7 @@ def drafter_under(make_drafter: MakeDrafter, make_rule: MakeRule, window: int, f
     """The drafter on trial, under one of this package's rules; ``fixed`` calls its guesses point masses."""
 
     def build(setting: Setting) -> Parts:
-        rule, vocab = make_rule(), setting.grammar.vocab
+        rule, vocab = bound(make_rule(), setting), setting.grammar.vocab
         made = make_drafter(replace(setting, window=window, rule=SeedExact() if fixed else rule))
         drafter: Drafter = GuardedDrafter(made, vocab)
         slots = FixedWindow(1 if isinstance(made, NoDraft) else window)  # as Speculative has it

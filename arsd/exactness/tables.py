@@ -5,7 +5,7 @@ Everything is float64 on the CPU: these models prove a method, they draw nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,12 +36,12 @@ class TableTarget:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.num_tokens, self.batch, self.streams = vocab, num_tokens, batch, streams
         self.device, self.dtype, self.unread = torch.device("cpu"), torch.float64, 0
-        self.tables = [
-            sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)
-            for n in range(num_tokens)
-        ]
-        past_the_end = torch.zeros(streams, 1, vocab, dtype=torch.float64)
-        self.flat = torch.cat([*self.tables, past_the_end], dim=1)
+        self.set_tables(
+            [
+                sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)
+                for n in range(num_tokens)
+            ]
+        )
         self.offsets = torch.tensor([0, *(vocab**n for n in range(num_tokens))]).cumsum(0)
         self.context = torch.zeros(batch, num_tokens + 130, dtype=torch.int64)  # what a KV cache would remember
         self.lengths = torch.zeros(batch, dtype=torch.int64)
@@ -52,6 +52,12 @@ class TableTarget:
         other = TableTarget(self.vocab, self.num_tokens, self.batch, self.streams, self.seed + 1000, self.sharpness)
         other.flat = (self.flat + other.flat) / 2
         return other
+
+    def set_tables(self, tables: list[Tensor]) -> None:
+        """Logits [S, V ** n, V] of every position n."""
+        self.tables = tables
+        past_the_end = torch.zeros(self.streams, 1, self.vocab, dtype=torch.float64)
+        self.flat = torch.cat([*tables, past_the_end], dim=1)
 
     def prefill(self, starts: list[int], pass_tokens: int) -> int:
         """Nothing to read: 0 passes."""
@@ -116,6 +122,11 @@ class HashTarget(TableTarget):
         return self.table[:, (key * 13 + slots) % self.ROWS]
 
 
+def random_codebook(vocab: int) -> Tensor:
+    """Code vectors [V, 2] for rules that look at neighbours."""
+    return torch.randn(vocab, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def run(
     target: Any,
     strategy: Any = None,
@@ -127,7 +138,7 @@ def run(
     noise: Any = None,
     row_length: int = 0,
     parts: Build | None = None,
-    codebook: Tensor | None = None,
+    draft: dict[str, Any] | None = None,
     **request: Any,
 ) -> DecodeResult:
     """Decode a target with a strategy (or with ``parts``), as a pipeline does.
@@ -142,7 +153,8 @@ def run(
         noise: stands in for the production noise, e.g. a choice tape.
         row_length: tokens per line of the picture.
         parts: makes the parts of the loop, instead of ``strategy``.
-        codebook: vectors of the ids, for rules that look for neighbours.
+        draft: ``codebook`` and ``draft_model`` of :class:`arsd.decoding.Setting`; by default a random codebook, and a model
+            that is half the target.
         request: more of :class:`arsd.decoding.DecodeRequest`.
     """
     grammar = grammar or Grammar(target.num_tokens, target.vocab)
@@ -150,8 +162,10 @@ def run(
     count = request.get("pictures") or target.batch
     noise = noise or CounterNoise(seeds or [0] * count, images or list(range(count)), batch=target.batch)
     call = (target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
-    draft_model = (lambda window: SmallARDrafter(target.small(), window)) if hasattr(target, "small") else None
-    setting = Setting(*call, laws=laws, codebook=codebook, draft_model=draft_model)
+    given: dict[str, Any] = {"codebook": random_codebook(target.vocab)}
+    if hasattr(target, "small"):
+        given["draft_model"] = lambda window: SmallARDrafter(target.small(), window)
+    setting = Setting(*call, laws=laws, **{**given, **(draft or {})})
     wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
 
@@ -169,6 +183,7 @@ class World:
         forbidden: one id per position that may not stand there, ``{position: token}``.
         row_length: tokens per line, for drafters that look up.
         sharpness: standard deviation of the logits.
+        tables: logits [V ** n, V] of every position n, instead of random ones.
     """
 
     vocab: int
@@ -179,11 +194,15 @@ class World:
     forbidden: dict[int, int] = field(default_factory=dict)
     row_length: int = 2
     sharpness: float = 1.5
+    tables: Sequence[Tensor] | None = None
 
     def target(self, batch: int) -> TableTarget:
         """The model with ``batch`` rows."""
         streams = 2 if self.config.guidance_scale != 1 else 1
-        return TableTarget(self.vocab, self.num_tokens, batch, streams, self.seed, self.sharpness)
+        target = TableTarget(self.vocab, self.num_tokens, batch, streams, self.seed, self.sharpness)
+        if self.tables is not None:
+            target.set_tables([table.expand(streams, -1, -1) for table in self.tables])
+        return target
 
     def grammar(self) -> Grammar:
         """What each position may hold."""

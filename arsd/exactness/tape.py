@@ -8,13 +8,16 @@ of the paths that end in a sequence add up to the probability with which the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from arsd.decoding import DecodeResult
 from arsd.exactness.tables import Build, World
 
+Each = Callable[[DecodeResult, Tensor], None]
 NEVER = 1e-14  # an option below it is rounding, not a choice (a pruned one shows in the mass)
 CHUNK = 60_000
 
@@ -92,13 +95,17 @@ class ChoiceTape:
         raise NotEnumerable("Gumbel noise has infinitely many outcomes")
 
 
-def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[Tensor, int]:
+def push_forward(
+    world: World, build: Build, limit: int | None = None, each: Each | None = None, **request: Any
+) -> tuple[Tensor, int]:
     """The exact law [V ** N] of the sampler made of the parts of ``build``, and the number of paths.
 
     Args:
         world: the task.
         build: makes the parts of the loop.
         limit: give up after this many paths.
+        each: called with the results of many paths and their weights, for expectations and for what holds on every path.
+        request: more of :class:`arsd.decoding.DecodeRequest`.
 
     Raises:
         NotEnumerable: when the parts use Gumbel noise, or there are more paths than ``limit``.
@@ -114,8 +121,10 @@ def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[
         if limit is not None and paths > limit:
             raise NotEnumerable(f"more than {limit:,} paths")
         tape = ChoiceTape(digits, depth)
-        tokens = world.decode(len(depth), build, tape).tokens
-        law.index_add_(0, world.number(tokens), tape.weight)
+        result = world.decode(len(depth), build, tape, **request)
+        law.index_add_(0, world.number(result.tokens), tape.weight)
+        if each is not None:
+            each(result, tape.weight)
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)
