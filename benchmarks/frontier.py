@@ -1,0 +1,278 @@
+"""How far relaxed acceptance gets, and what it costs in fidelity; drafters against one another.
+
+    python benchmarks/frontier.py chain      # lossless chains of the drafter by length: tokens per pass, acceptance
+    python benchmarks/frontier.py predict    # COOL-SD against what is predicted from the lossless chain
+    python benchmarks/frontier.py relaxed    # every relaxed rule: tokens per pass against summed local total variation
+    python benchmarks/frontier.py hybrid     # drafter, Jacobi iterates, and both in one window: tokens per pass, seconds
+    python benchmarks/frontier.py jacobi     # relaxed rules on Jacobi iterates
+    python benchmarks/frontier.py trees      # trees of guesses against chains
+
+Tokens per pass are those of `--pictures` pictures (benchmarks/prompts/exact200.txt), intervals are 95 % of a bootstrap over
+pictures. Seconds (hybrid) are of one picture at a time, strategies in turns, against plain AR. Options: --model, --device,
+--dtype, --pictures, --batch, --repeats. Each prints its table and writes benchmarks/results/frontier-<table>...json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import load
+
+import arsd
+from arsd.bench import as_inputs, run_bench
+from arsd.cli.bench import bench_table
+from arsd.cli.common import table
+from arsd.decoding.relaxed import CoolSDRule
+from arsd.devices import device_kind, resolve_device, resolve_dtype
+
+HERE = Path(__file__).parent
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12)
+
+
+@dataclass
+class Figures:
+    """What a strategy did on all pictures.
+
+    Args:
+        tokens: of each picture.
+        passes: of each picture.
+        changed: expected changed tokens of each picture.
+        accepted: passes by tokens committed.
+    """
+
+    tokens: np.ndarray
+    passes: np.ndarray
+    changed: np.ndarray
+    accepted: dict[int, int]
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Over all pictures."""
+        return float(self.tokens.sum() / self.passes.sum())
+
+    def interval(self) -> tuple[float, float]:
+        """95 % of tokens per pass, by a bootstrap over pictures."""
+        draws = np.random.default_rng(0).integers(len(self.tokens), size=(2000, len(self.tokens)))
+        low, high = np.quantile(self.tokens[draws].sum(1) / self.passes[draws].sum(1), [0.025, 0.975])
+        return float(low), float(high)
+
+    def first_acceptance(self) -> float:
+        """Share of passes whose first guess was taken (forced ends aside: all passes)."""
+        return 1 - self.accepted.get(1, 0) / max(1, sum(self.accepted.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "tokens_per_pass": self.tokens_per_pass,
+            "interval": self.interval(),
+            "first_acceptance": self.first_acceptance(),
+            "expected_changed_tokens": float(self.changed.mean()),
+            "changed_per_token": float(self.changed.sum() / self.tokens.sum()),
+            "passes": self.passes.tolist(),
+            "changed": self.changed.round(4).tolist(),
+            "accepted_lengths": self.accepted,
+        }
+
+
+def prompts(count: int) -> list[str]:
+    """The first ``count`` benchmark prompts."""
+    lines = (HERE / "prompts" / "exact200.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    return [lines[i % len(lines)] for i in range(count)]
+
+
+def measure(pipe: Any, decoder: str, arguments: argparse.Namespace) -> Figures:
+    """Decode every picture with its own seed, ``--batch`` at a time."""
+    count = arguments.pictures
+    inputs = as_inputs(prompts(count)) if pipe.transformer.config["condition"] == "text" else as_inputs([0] * count)
+    seeds = [torch.Generator().manual_seed(1000 + i) for i in range(count)]
+    options = {"output_type": "latent", "progress": False, "batch_size": arguments.batch}
+    stats = pipe(**inputs, decoder=decoder, generator=seeds, **options).stats
+    accepted = {int(k): int(v) for k, v in sorted(stats.accepted_lengths.items())}
+    return Figures(*(np.array(x) for x in (stats.tokens, stats.row_passes, stats.expected_changed_tokens)), accepted)
+
+
+def measured(pipe: Any, names: list[str], arguments: argparse.Namespace) -> dict[str, Figures]:
+    """Figures of each strategy, with a line for each as it comes."""
+    found = {}
+    for name in names:
+        found[name] = measure(pipe, name, arguments)
+        print(f"{name}: {found[name].tokens_per_pass:.3f}", flush=True)
+    return found
+
+
+def rows_of(found: dict[str, Figures]) -> list[list[Any]]:
+    rows = []
+    for name, f in found.items():
+        low, high = f.interval()
+        share = f.changed.sum() / f.tokens.sum()
+        one = [name, f"{f.tokens_per_pass:.3f}", f"{low:.3f}-{high:.3f}", f"{f.first_acceptance():.3f}"]
+        rows.append([*one, f"{f.changed.mean():.2f}", f"{share:.4f}"])
+    return rows
+
+
+HEAD = ["decoder", "tokens/pass", "95 %", "first guess taken", "expected changed tokens", "per token"]
+
+
+def chain(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Lossless chains by length."""
+    names = [f"eagle:draft_length={n},coupling={c}" for c in ("rejection", "gumbel") for n in LENGTHS]
+    found = measured(pipe, names, arguments)
+    print("\n" + table(HEAD, rows_of(found)))
+    return {name: f.as_dict() for name, f in found.items()}
+
+
+def gaussian_acceptance(noise: float, sharpness: float, factors: np.ndarray, vocab: int = 1024) -> np.ndarray:
+    """Mean alpha(omega) of 4,000 pairs p = softmax(s g), q = softmax(s g + n e), g and e standard normal."""
+    generator = torch.Generator().manual_seed(0)
+    totals = np.zeros(len(factors))
+    for _ in range(8):
+        logits = sharpness * torch.randn(500, vocab, generator=generator, dtype=torch.float64)
+        p = torch.softmax(logits, -1)
+        q = torch.softmax(logits + noise * torch.randn(500, vocab, generator=generator, dtype=torch.float64), -1)
+        totals += np.array([float(torch.minimum(q, factor * p).sum(-1).mean()) / 8 for factor in factors])
+    return totals
+
+
+def expected_tokens(alphas: np.ndarray) -> float:
+    """Tokens per pass of a chain whose guesses are taken independently with these probabilities."""
+    return float(1 + np.cumprod(alphas).sum())
+
+
+def fitted(sharpness: float, length: int, tokens_per_pass: float) -> tuple[float, float]:
+    """Noise of the Gaussian model that gives a lossless chain's tokens per pass, and its alpha0."""
+    low, high = 0.0, 12.0
+    for _ in range(24):
+        noise = (low + high) / 2
+        alpha = float(gaussian_acceptance(noise, sharpness, np.ones(1))[0])
+        if expected_tokens(np.full(length, alpha)) > tokens_per_pass:
+            low = noise
+        else:
+            high = noise
+    return noise, alpha
+
+
+def predict(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """COOL-SD's published schedules against a model of independent positions, fitted to the lossless chain."""
+    kept, deltas = [], (1.1, 2)
+    for length in (3, 4, 5):
+        lossless = measure(pipe, f"eagle:draft_length={length},coupling=rejection", arguments).tokens_per_pass
+        seen = {d: measure(pipe, f"cool-sd:delta={d},draft_length={length}", arguments) for d in deltas}
+        for sharpness in (2.0, 3.0, 4.0):
+            noise, alpha = fitted(sharpness, length, lossless)
+            for delta in deltas:
+                schedule = CoolSDRule(delta=delta).schedule(length).numpy()
+                said = expected_tokens(gaussian_acceptance(noise, sharpness, schedule))
+                one = {"length": length, "lossless": lossless, "alpha0": alpha, "delta": delta, "sharpness": sharpness}
+                kept.append({**one, "predicted": said, "measured": seen[delta].tokens_per_pass})
+    for row in kept:
+        row["difference"] = row["measured"] / row["predicted"] - 1
+    rows = [[round(value, 3) for value in row.values()] for row in kept]
+    print(table([*kept[0]], rows))
+    return {"rows": kept}
+
+
+def relaxed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Frontiers of all relaxed rules."""
+    n = arguments.length
+    end = f"residual=optimal,draft_length={n}"
+    families = {
+        "clamped": [f"cool-sd:delta={d},floor=1.0,draft_length={n}" for d in (1.1, 1.3, 1.6, 2, 3, 5)],
+        "published": [f"cool-sd:delta={d},draft_length={n}" for d in (1.1, 1.6, 2, 3, 5)],
+        "uniform": [f"cool-sd:delta={d},nu=0,draft_length={n}" for d in (1.05, 1.1, 1.2, 1.4, 1.8, 2.5)],
+        "budget": [f"cool-sd:budget={b},draft_length={n}" for b in (0.5, 1, 2, 4, 8, 16, 32)],
+        "lantern++": [f"lantern-plus-plus:k={k},lam={m},{end}" for k, m in ((5, 1.5), (5, 2), (10, 2), (10, 5), (5, 20))],
+        "lantern": [f"lantern:k={k},delta={d},{end}" for k, d in ((100, 0.02), (100, 0.05), (100, 0.1), (1000, 0.2))],
+        "grouped": [f"grouped:group={g},radius={r},{end}" for g, r in ((3, 0.5), (10, 0.5), (10, 2), (50, 0.5), (50, 4))],
+    }
+    base = f"eagle:draft_length={n},coupling=rejection"
+    found = measured(pipe, [base, *(name for names in families.values() for name in names)], arguments)
+    print("\n" + table(HEAD, rows_of(found)))
+    return {"families": families, "figures": {name: f.as_dict() for name, f in found.items()}}
+
+
+def hybrid(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Front and rest alone and together, all seed-exact."""
+    kept = {}
+    names = [f"eagle:draft_length={n}" for n in (2, 4, 8)]
+    for window in (8, 16, 32):
+        names.append(f"sjd:window={window}")
+        names += [f"hybrid:draft_length={n},window={window}" for n in (1, 2, 4, 6) if n < window]
+    names.append("eagle:draft_length=4,coupling=rejection")
+    found = measured(pipe, names, arguments)
+    print("\n" + table(HEAD, rows_of(found)))
+    kept["figures"] = {name: f.as_dict() for name, f in found.items()}
+    if arguments.repeats:
+        strategies = [arsd.parse_strategy(name) for name in ["ar", *names]]
+        report = run_bench(pipe, strategies, prompts(arguments.timed), 1, arguments.repeats, check=False)
+        print("\n" + bench_table(report["rows"]))
+        rows = []
+        for row in report["rows"]:
+            parts = row["round_seconds_by_part"]
+            share = parts["draft"] / sum(parts.values())
+            rows.append([row["decoder"], *(f"{1e3 * s:.2f}" for s in parts.values()), f"{share:.1%}"])
+        print("\n" + table(["decoder", *(f"{part}, ms" for part in parts), "draft's share"], rows))
+        kept["report"] = report
+    return kept
+
+
+def jacobi(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Relaxed rules without a trained drafter."""
+    w = f"window={arguments.window}"
+    names = [f"sjd:{w}", f"sjd:{w},coupling=independent", f"sjd:{w},coupling=gumbel-rejection"]
+    for coupling in ("independent", "gumbel-rejection"):
+        names += [f"sjd:{w},coupling={coupling},acceptance=cool-sd:delta={d}:nu=0" for d in (1.1, 1.5, 2, 4)]
+        names += [f"sjd:{w},coupling={coupling},acceptance=cool-sd:budget={b}" for b in (1, 4, 16)]
+    names += [f"sjd:{w},acceptance=margin:omega={o}" for o in (1.1, 1.5, 2, 4, 8)]
+    found = measured(pipe, names, arguments)
+    print("\n" + table(HEAD, rows_of(found)))
+    return {name: f.as_dict() for name, f in found.items()}
+
+
+def trees(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trees of siblings without replacement against chains."""
+    names = [f"eagle:draft_length={n},coupling=rejection" for n in (4, 6)] + [
+        f"eagle:tree={t},coupling={c}" for c in ("rejection", "gumbel") for t in ("2x1x1x1", "3x2x1x1", "4x2x2x1")
+    ]
+    found = measured(pipe, names, arguments)
+    print("\n" + table(HEAD, rows_of(found)))
+    return {name: f.as_dict() for name, f in found.items()}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"chain": chain, "predict": predict, "relaxed": relaxed, "hybrid": hybrid, "jacobi": jacobi, "trees": trees}
+    parser.add_argument("table", choices=list(tables))
+    parser.add_argument("--model", default="emoji-128")
+    parser.add_argument("--drafter", metavar="DIR", help="a trained drafter in the place of the model's own")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4, help="guesses of a chain, for relaxed")
+    parser.add_argument("--window", type=int, default=16, help="for jacobi")
+    parser.add_argument("--repeats", type=int, default=1, help="timed rounds, for hybrid; 0 times nothing")
+    parser.add_argument("--timed", type=int, default=32, help="timed pictures, for hybrid")
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    pipe = load(arguments.model, device, resolve_dtype(arguments.dtype, device))
+    if arguments.drafter:
+        pipe.drafter = arsd.EagleDrafter.from_pretrained(arguments.drafter).to(device, pipe.dtype)
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    print(f"{arguments.model}, {device_kind(device)}, {dtype}, torch {torch.__version__}, {arguments.pictures} pictures\n")
+    report = tables[arguments.table](pipe, arguments)
+    made = {"model": arguments.model, "model_hash": pipe.model_hash, "device": device_kind(device), "dtype": dtype}
+    name = f"frontier-{arguments.table}.{Path(arguments.model).name}.{device_kind(device).replace(' ', '-')}.{dtype}.json"
+    made |= {"pictures": arguments.pictures, "torch": torch.__version__}
+    (HERE / "results" / name).write_text(json.dumps({**made, **report}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
