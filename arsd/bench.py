@@ -37,6 +37,7 @@ class BenchRow:
     seconds: list[float] = field(default_factory=list)
     part_seconds: dict[str, float] = field(default_factory=dict)
     near_ties: int = 0
+    changed: float = 0.0
     identical: bool | None = None
     memory: int = 0
 
@@ -51,6 +52,7 @@ class BenchRow:
         for part, seconds in stats.seconds.items():
             self.part_seconds[part] = self.part_seconds.get(part, 0.0) + seconds
         self.near_ties += sum(stats.near_ties)
+        self.changed += sum(stats.expected_changed_tokens)
         self.memory = max(self.memory, peak_memory())
 
     @property
@@ -81,6 +83,7 @@ class BenchRow:
             "round_seconds_by_part": {part: seconds for part, seconds in each.items() if part != "prefill"},
             "identical_to_ar_at_w": self.identical,
             "near_ties": self.near_ties,
+            "expected_changed_tokens": self.changed / max(1, self.pictures),
             "pass_tokens": self.pass_tokens,
             "peak_memory": self.memory,
         }

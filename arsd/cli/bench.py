@@ -66,6 +66,8 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     same = {True: "yes", False: "NO", None: "-"}
     header = ["decoder", "lossless", "passes", "tokens/pass", "seconds (quartiles)", "speedup (95 %)", "pass cost"]
     header += ["outside", "= ar@W", "near-ties"]
+    relaxed = any(not row["lossless"] for row in rows)
+    header += ["changed tokens"] if relaxed else []
     lines = []
     for row in rows:
         interval = row["speedup_interval"]
@@ -82,6 +84,7 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['outside_forward_share']:.1%}",
                 same[row["identical_to_ar_at_w"]],
                 row["near_ties"],
+                *([f"{row['expected_changed_tokens']:.2f}"] if relaxed else []),
             ]
         )
     return table(header, lines)

@@ -28,7 +28,8 @@ class DecodeStats:
         accepted_lengths: tokens committed per picture and pass -> how often.
         seconds: wall-clock seconds by part: prefill, draft, forward, verify, other.
         near_ties: committed arg-maxes of each picture decided by less than ``arsd.decoding.rules.NEAR_TIE``.
-        expected_changed_tokens: summed local total variation of relaxed rules, per picture; 0 when lossless.
+        expected_changed_tokens: total variation between a slot's law and p, summed over the slots that were reached, for each
+            picture; 0 when lossless. Its mean bounds how far the law of a picture has moved while it is below 1.
     """
 
     forward_passes: int = 0
@@ -53,6 +54,11 @@ class DecodeStats:
     def tokens_per_pass(self) -> float:
         """Committed tokens per picture and pass."""
         return sum(self.tokens) / max(1, sum(self.row_passes))
+
+    @property
+    def changed_per_token(self) -> float:
+        """Expected changed tokens per committed token."""
+        return sum(self.expected_changed_tokens) / max(1, sum(self.tokens))
 
     @property
     def total_seconds(self) -> float:
@@ -80,6 +86,7 @@ class DecodeStats:
             "outside_forward_share": self.outside_forward_share,
             "near_ties": self.near_ties,
             "expected_changed_tokens": self.expected_changed_tokens,
+            "changed_per_token": self.changed_per_token,
         }
 
 
