@@ -28,7 +28,7 @@ class DecodeStats:
         accepted_lengths: tokens committed per picture and pass -> how often.
         seconds: wall-clock seconds by part: prefill, draft, forward, verify, other.
         near_ties: committed arg-maxes of each picture decided by less than ``arsd.decoding.rules.NEAR_TIE``.
-        expected_changed_tokens: total variation between a slot's law and p, summed over the slots that were reached, for each
+        expected_changed_tokens: total variation between a slot's law and p, summed over the slots reached, for each
             picture; 0 when lossless. Its mean bounds how far the law of a picture has moved while it is below 1.
     """
 
