@@ -5,9 +5,12 @@ from arsd.decoding.loop import DecodeResult, decode
 from arsd.decoding.mixed import build_parts
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.registry import register_drafter, register_rule
+from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.speculative import Speculative
 from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
+from arsd.decoding.tree_drafter import SmallAR, TreeDrafter
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
 
 __all__ = [
@@ -27,9 +30,14 @@ __all__ = [
     "Outcome",
     "Parts",
     "Purpose",
+    "SeedExactTree",
     "Setting",
+    "SiblingSampling",
+    "SmallAR",
     "Speculative",
     "Step",
+    "TreeDrafter",
+    "TreeShape",
     "Verdict",
     "build_parts",
     "decode",

@@ -12,6 +12,7 @@ from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_b
 from arsd.decoding.registry import Registered, find_drafter, find_rule, register_drafter, register_rule
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _parse_value, _whole
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts
 from arsd.errors import StrategyError
 
@@ -149,8 +150,20 @@ class Speculative(DecodingStrategy):
         (found, options), rule, window = self._drafter, made_rule(*self._rule), self.config["window"]
         drafter = found.make(replace(setting, window=window, rule=rule), **options)
         self._refuse_without_law(rule, bool(getattr(drafter, "needs_law", False)))
+        tree = getattr(drafter, "tree", None)
+        if tree is not None:
+            return self._tree_parts(drafter, rule, tree)
         guesses = FixedWindow(1 if isinstance(drafter, NoDraft) else window)
         return Parts(drafter, rule, guesses, self.config["pass_tokens"] or window)
+
+    def _tree_parts(self, drafter: Any, rule: Any, tree: TreeShape) -> Parts:
+        """A tree has its own window: its depth and one slot more."""
+        if not getattr(rule, "trees", False):
+            raise StrategyError(f"rule {self.config['rule']!r} judges chains of guesses, not the trees of {self}")
+        pass_tokens = self.config["pass_tokens"] or tree.columns
+        if pass_tokens < tree.columns:
+            raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least {tree.columns}, the columns of tree {tree}")
+        return Parts(drafter, rule, FixedWindow(tree.depth + 1), pass_tokens)
 
     def _refuse_without_law(self, rule: Any, given: bool) -> None:
         if getattr(rule, "needs_law", False) and not given:

@@ -68,12 +68,28 @@ class ChoiceTape:
         row, column, option = passed.unbind(1)
         return chosen[row].scatter(1, column[:, None], option[:, None].to(torch.int8)), column + 1
 
-    def bernoulli(self, probability: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def bernoulli(
+        self,
+        probability: Tensor,
+        purpose: int,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
         """A branch with two options per active slot [B, W]."""
         p = probability.nan_to_num(0.0).clamp(0, 1)  # as a uniform below 1.5 is, and below NaN is not
         return self._choose(torch.stack([1 - p, p], dim=-1), active).bool()
 
-    def categorical(self, weights: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def categorical(
+        self,
+        weights: Tensor,
+        purpose: int,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
         """A branch per active slot [B, W] with an option for every id of positive weight."""
         return self._choose(weights, active)
 
