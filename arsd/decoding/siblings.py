@@ -66,7 +66,7 @@ class SiblingSampling:
         walk = _Walk(step, draft)
         p, batch = law.probs, torch.arange(len(law.probs), device=law.probs.device)
         omegas = self.omegas(walk.depth)
-        relaxed = max(omegas) > 1
+        relaxed = max(omegas, default=1.0) > 1
         last = torch.zeros_like(p[:, 0], dtype=torch.float64)  # what the token behind the accepted path is drawn from
         local_tv = torch.zeros(step.positions.shape, dtype=torch.float64, device=p.device)
         tested = torch.zeros_like(walk.going)  # whether the node where the walk ended had a child

@@ -8,11 +8,13 @@ of the paths that end in a sequence add up to the probability with which the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from arsd.decoding import DecodeResult
 from arsd.exactness.tables import Build, World
 
 NEVER = 1e-14  # an option below it is rounding, not a choice (a pruned one shows in the mass)
@@ -108,18 +110,21 @@ class ChoiceTape:
         raise NotEnumerable("Gumbel noise has infinitely many outcomes")
 
 
-def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[Tensor, int]:
-    """The exact law [V ** N] of the sampler made of the parts of ``build``, and the number of paths.
+def every_path(
+    world: World, build: Build, limit: int | None = None, **request: Any
+) -> Iterator[tuple[DecodeResult, Tensor]]:
+    """All paths of the sampler made of the parts of ``build``, in batches: what was decoded, and the weights of the rows.
 
     Args:
         world: the task.
         build: makes the parts of the loop.
         limit: give up after this many paths.
+        request: more of :class:`arsd.decoding.DecodeRequest`.
 
     Raises:
         NotEnumerable: when the parts use Gumbel noise, or there are more paths than ``limit``.
     """
-    law, paths = torch.zeros(world.vocab**world.num_tokens, dtype=torch.float64), 0
+    paths = 0
     waiting = [(torch.zeros(1, 0, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))]
     while waiting:
         digits, depth = waiting.pop()
@@ -130,9 +135,17 @@ def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[
         if limit is not None and paths > limit:
             raise NotEnumerable(f"more than {limit:,} paths")
         tape = ChoiceTape(digits, depth)
-        tokens = world.decode(len(depth), build, tape).tokens
-        law.index_add_(0, world.number(tokens), tape.weight)
+        result = world.decode(len(depth), build, tape, **request)
+        yield result, tape.weight
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)
+
+
+def push_forward(world: World, build: Build, limit: int | None = None) -> tuple[Tensor, int]:
+    """The exact law [V ** N] of the sampler, and the number of paths; see :func:`every_path`."""
+    law, paths = torch.zeros(world.vocab**world.num_tokens, dtype=torch.float64), 0
+    for result, weight in every_path(world, build, limit):
+        law.index_add_(0, world.number(result.tokens), weight)
+        paths += len(weight)
     return law, paths
