@@ -171,6 +171,15 @@ def test_siblings_that_share_their_noise_show(noise):
     assert wrong > 5 and abs(right) < 5
 
 
+@pytest.mark.parametrize("tree", ["3", "3x2.1x1.0"])
+def test_more_siblings_than_the_draft_law_has_ids_in_samples(tree: str):
+    """Top-k 2 under three siblings, with the production noise: the third does not exist, and no id of no chance appears."""
+    world = World(4, 4, 1, GUIDED, forced={2: 1})
+    z = law_z(world, sample(world, tree_build(world, tree), 40_000))
+    print(f"z {z:.1f}")
+    assert abs(z) < 5
+
+
 def test_uniforms_of_different_siblings_are_different_and_the_first_is_that_of_a_chain():
     noise, at, now = CounterNoise([3, 3], [0, 1]), torch.arange(8).expand(2, -1), torch.tensor([4, 9])
     single = noise.uniform(Purpose.ACCEPT, at, now)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_pipeline import TOKENS, VOCAB, hushed, one_clear_line, text_pipeline
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
 
 from arsd.cache import RowCache
 from arsd.decoding import (
@@ -15,15 +16,20 @@ from arsd.decoding import (
     CounterNoise,
     DecodeRequest,
     DecodeResult,
+    Grammar,
     LawConfig,
     Laws,
+    SeedExactTree,
     Setting,
     SmallAR,
+    TreeDrafter,
     TreeShape,
     build_parts,
     decode,
     parse_strategy,
 )
+from arsd.decoding.drafters import NoDraft
+from arsd.decoding.tree_drafter import draft_pass_tokens
 from arsd.decoding.trees import tables
 from arsd.decoding.types import Draft, FixedWindow, Parts
 from arsd.errors import StrategyError
@@ -49,7 +55,35 @@ def small():
     return made
 
 
+def stock_target(pass_tokens: int, batch: int = len(PROMPTS), shaken: float = 0.0) -> DecoderTarget:
+    """A Llama with its own 1-D rotary positions (the grid's are 0 in the condition), padded by 0 to 4 of 6 slots."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.random.fork_rng():
+        model, head = LlamaModel(config).double().eval(), nn.Linear(32, VOCAB, bias=False).double()
+    for parameter in [*model.parameters(), *head.parameters()]:
+        parameter.data.normal_(std=0.3, generator=generator)
+    generator.manual_seed(8)
+    for parameter in model.parameters():
+        parameter.data += shaken * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    generator.manual_seed(9)
+    condition = torch.randn(2, len(PROMPTS), 6, 32, generator=generator, dtype=torch.float64)
+    padding = torch.arange(6) < torch.tensor([0, 2, 1, 4, 0, 3, 1])[:, None]
+    embed, both = model.embed_tokens, torch.stack([padding, padding.flip(0)])
+    return DecoderTarget(model, head, embed, condition, TOKENS, pass_tokens, both, batch)
+
+
 def target_of(pipe, pass_tokens: int, batch: int | None = None, prompts: list[str] = PROMPTS) -> DecoderTarget:
+    if pipe is None:
+        return stock_target(pass_tokens, batch or len(prompts))
     condition, padding, _ = pipe.encode_inputs(prompt=prompts)
     return pipe.target_maker(condition, padding)(pass_tokens, batch or len(prompts))
 
@@ -88,10 +122,11 @@ def paths_of(shape: TreeShape) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(("extra", "stock"), [(0, False), (3, False), (0, True)])
 @torch.no_grad()
-def test_every_column_of_a_tree_pass_equals_a_plain_pass_along_its_path(pipe, tree: str, extra: int):
+def test_every_column_of_a_tree_pass_equals_a_plain_pass_along_its_path(pipe, tree: str, extra: int, stock: bool):
     """Padded prompts, two guidance streams, rows at other lengths (0: its last condition slot is fed), junk behind."""
+    pipe = None if stock else pipe
     shape, starts = TreeShape.parse(tree), [5, 0, 9, TOKENS - 1, 1, 0, 3]
     target, chain = target_of(pipe, shape.columns + extra), target_of(pipe, shape.columns + extra)
     generator, lengths = torch.Generator().manual_seed(3), torch.tensor(starts)
@@ -114,8 +149,10 @@ def test_every_column_of_a_tree_pass_equals_a_plain_pass_along_its_path(pipe, tr
 
 
 @pytest.mark.parametrize("tree", ["2", "3x2"])
+@pytest.mark.parametrize("stock", [False, True])
 @torch.no_grad()
-def test_a_row_that_reads_its_condition_in_a_tree_pass_reads_it_as_in_any_other(pipe, tree: str):
+def test_a_row_that_reads_its_condition_in_a_tree_pass_reads_it_as_in_any_other(pipe, tree: str, stock: bool):
+    pipe = None if stock else pipe
     shape, starts = TreeShape.parse(tree), [-3, 4, -9, 0, -1, 2, 1]
     starts[2] = -target_of(pipe, 4).unread
     lengths, results = torch.tensor(starts), []
@@ -141,6 +178,21 @@ def test_a_seed_exact_tree_gives_plain_ars_tokens_in_a_queue_of_padded_prompts(p
     stats = result.stats
     assert stats.tokens == [TOKENS] * len(PROMPTS) and stats.pass_tokens == TreeShape.parse(tree).columns
     assert stats.tokens_per_pass > 1.2 and max(stats.accepted_lengths) > 2 - (tree == "2")
+
+
+@pytest.mark.parametrize("batch", [2, 7])
+def test_a_seed_exact_tree_on_a_stock_llama_gives_plain_ars_tokens(batch: int):
+    grammar, count, tree = Grammar(TOKENS, VOCAB, {5: 3}), len(PROMPTS), TreeShape.parse("3x2x1")
+    laws, results = Laws(LawConfig(1.5, top_k=12), grammar), []
+    for guesses in (False, True):
+        noise = CounterNoise(list(range(count)), [0] * count, batch=batch)
+        small = SmallAR(stock_target(draft_pass_tokens(tree), batch, shaken=0.02))
+        drafter: Any = TreeDrafter(small, tree, laws, batch, TOKENS, coupled=True) if guesses else NoDraft()
+        parts = Parts(drafter, SeedExactTree(), FixedWindow(4 if guesses else 1), tree.columns if guesses else 1)
+        request = DecodeRequest(TOKENS, pictures=count)
+        results.append(decode(stock_target(parts.pass_tokens, batch), parts, laws, noise, request, batch))
+    assert torch.equal(results[0].tokens, results[1].tokens)
+    assert results[1].stats.tokens_per_pass > 1.5
 
 
 def test_pictures_of_several_lengths_and_longer_passes(pipe, small, plain):

@@ -101,8 +101,8 @@ class Speculative(DecodingStrategy):
     Args:
         drafter: name of a drafter (:func:`arsd.register_drafter`), with options.
         rule: name of a rule (:func:`arsd.register_rule`), with options.
-        window: slots per pass: the last committed token and ``window - 1`` guesses.
-        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``.
+        window: slots per pass: the last committed token and ``window - 1`` guesses. A drafter of trees has its own.
+        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``, or the columns of a tree.
 
     Raises:
         StrategyError: for names, options or numbers that do not fit, and for a rule that needs q under a drafter that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -122,6 +123,13 @@ class _Level:
         self.rank = torch.tensor([place - below.index(parent) for place, parent in enumerate(below)], device=device)
 
 
+@lru_cache(maxsize=256)
+def parents_of(tree: TreeShape, depth: int, device: torch.device) -> Tensor:
+    """[f] the columns of this depth that have children."""
+    with torch.inference_mode(False):
+        return torch.tensor([column for column in tree.level(depth) if tree.counts[column]], device=device)
+
+
 def catch_up_tokens(tree: TreeShape) -> int:
     """Tokens that the small model reads before it drafts: the last one again, and all that a round can commit."""
     return tree.depth + 2
@@ -170,7 +178,7 @@ class SmallAR:
         self.grown = torch.cat([self.grown, tokens], 1)
         self.engine.rollback(self.lengths)
         logits = self.engine.forward(self.grown, self.lengths, starts, tree.head(self.grown.shape[1]))
-        return logits[:, :, [column for column in tree.level(depth) if tree.counts[column]]]
+        return logits[:, :, parents_of(tree, depth, logits.device)]
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """See :class:`arsd.decoding.types.DraftModel`: read the conditions of ``rows`` while the others stand still."""
