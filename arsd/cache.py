@@ -1,16 +1,16 @@
 """A preallocated key/value cache with a length per row, behind transformers' cache interface.
 
-Nothing is ever concatenated or moved: a pass scatters its new entries, rolling back assigns lengths, and stale entries are
-masked until they are overwritten. Attention runs over the buffers under a 4-D mask, so that the bits of a pass do not depend
-on how far a row has come: over the full buffers, or, where :func:`harmless_step` has found that it makes no difference in
-any bit, over as many slots as the farthest row needs.
+Nothing is ever concatenated, and nothing but the accepted path of a tree is moved: a pass scatters its new entries, rolling
+back assigns lengths, and stale entries are masked until they are overwritten. Attention runs over the buffers under a 4-D
+mask, so that the bits of a pass do not depend on how far a row has come: over the full buffers, or, where
+:func:`harmless_step` has found that it makes no difference in any bit, over as many slots as the farthest row needs.
 """
 
 from __future__ import annotations
 
 import weakref
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class RowCache(Cache):
         super().__init__(layers=layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)
+        self.places = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # [B, T] slots of the pass in progress
         self.attended = size
         self._size, self._hidden = size, hidden
         lowest = torch.finfo(dtype).min
@@ -119,6 +120,7 @@ class RowCache(Cache):
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         if idle is not None:
             positions = torch.where(idle[:, None], self.lengths[:, None], positions)
+        self.places = positions
         self.slots = (self._row_base + positions[:, None]).flatten()
         batch = len(self.lengths)
         shape = (batch * num_tokens, self.attended)
@@ -130,6 +132,32 @@ class RowCache(Cache):
             mask.masked_fill_(self._hidden[:, None, None, : self.attended], torch.finfo(mask.dtype).min)
             mask.scatter_(-1, positions[:, None, :, None], 0.0)  # a padded slot sees itself, or its row would be empty
         return positions, mask
+
+    def begin_tree(self, depths: Tensor, sees: Tensor, attended: int | None = None) -> tuple[Tensor, Tensor]:
+        """Aim the next pass as :meth:`begin` does, for tokens that follow each other as a tree.
+
+        Args:
+            depths: [B, T] how far each token stands behind the row's length.
+            sees: [B, T, T] which tokens of the pass each one attends to: itself, and none behind it.
+            attended: see :meth:`begin`.
+
+        Returns:
+            Positions [B, T] (length + depth; the slots are :attr:`places`) and the mask, as :meth:`begin` does.
+        """
+        batch, width = depths.shape
+        places, mask = self.begin(width, attended=attended)
+        here = places[:, None, None].expand(batch, 1, width, width)
+        closed = mask.gather(-1, here).masked_fill_(~sees[:, None], torch.finfo(mask.dtype).min)
+        return self.lengths[:, None] + depths, mask.scatter_(-1, here, closed)
+
+    def compact(self, source: Tensor) -> None:
+        """Move entries of the pass in progress: column i + 1 becomes what column ``source[:, i]`` [B, D] is now."""
+        columns = torch.arange(1, 1 + source.shape[1], device=source.device)
+        into, out_of = ((self._row_base + (self.lengths[:, None] + x)[:, None]).flatten() for x in (columns, source))
+        for layer in self.layers:
+            for entries in (cast(Any, layer).keys, cast(Any, layer).values):
+                flat = entries.view(-1, entries.shape[-1])
+                flat.index_copy_(0, into, flat.index_select(0, out_of))
 
     def get_max_length(self) -> int:  # type: ignore[override]
         """S."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from arsd.decoding.laws import Law, Laws
 from arsd.decoding.noise import Noise
 from arsd.decoding.stats import DecodeStats, Stopwatch
+from arsd.decoding.trees import followed, laid_out
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Target, Verdict
 from arsd.errors import NonFiniteLogitsError, StrategyError
 
@@ -156,21 +157,26 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             step = rows.step(window, noise)
             draft = parts.drafter.propose(step)
         with watch("forward"):
-            logits = target.forward(rows.feed(draft.tokens, parts.pass_tokens), rows.lengths, rows.starts)
+            branches = () if draft.tree is None else (draft.tree,)
+            logits = target.forward(rows.feed(draft.tokens, parts.pass_tokens), rows.lengths, rows.starts, *branches)
         with watch("verify"):
-            law = laws(logits[:, :, :window], step.positions)
+            positions, active_laws = laid_out(step, draft.tree)
+            law = laws(logits[:, :, : positions.shape[1]], positions)
             verdict = parts.rule.verify(step, law, draft)
-            broken = (~law.finite() & step.active).any(1)
+            broken = (~law.finite() & active_laws).any(1)
             counts, bad = torch.stack([verdict.count, broken.long()]).tolist()  # the one device-to-host read of a round
         if any(bad):
             watch.close()
             raise _broken(rows, rows.held[bad.index(1)])
         with watch("other"):
+            law, draft = followed(law, draft, verdict.path)
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
             if request.trace:
                 trace.append(_round(step, draft, verdict, counts, rows.held))
             rows.commit(step, law, verdict, counts, parts.pass_tokens)
+            if verdict.path is not None:
+                target.compact(verdict.path, verdict.count)
             target.rollback(rows.lengths)
             parts.drafter.observe(step, law, verdict, rows.lengths)
             stats.add_pass([(rows.held[b], counts[b]) for b in active])

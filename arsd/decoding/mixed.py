@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.strategies import DecodingStrategy, Setting
+from arsd.decoding.trees import refuse_trees
 from arsd.decoding.types import Draft, Outcome, Parts, Step, Target, Verdict
 
 
@@ -152,6 +153,7 @@ def build_parts(strategies: Sequence[DecodingStrategy], setting: Setting) -> Par
     members = [next(s for s in strategies if str(s) == name).build(setting) for name in names]
     if len(members) == 1:
         return members[0]
+    refuse_trees(member.drafter for member in members)
     group = torch.tensor([names.index(str(strategy)) for strategy in strategies], device=setting.device)
     groups = _Groups(members, group, setting.batch)
     longest = max(member.pass_tokens for member in members)

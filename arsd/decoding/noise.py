@@ -49,6 +49,10 @@ def _absorb(key: Tensor, value: Tensor | int) -> Tensor:
     return _mix((key + _GAMMA) ^ _mix(torch.as_tensor(value, device=key.device) * _MIX_1 + _GAMMA))
 
 
+def _numbered(key: Tensor, number: Tensor | int) -> Tensor:
+    return _mix(key + ((number + 1) * _GAMMA if isinstance(number, Tensor) else _signed((number + 1) * _GAMMA)))
+
+
 def uniform_from_bits(bits: Tensor) -> Tensor:
     """64 random bits to a float64 in the open interval (0, 1), in steps of 2^-52."""
     return (_shift(bits, 12).double() + 0.5) * 2.0**-52
@@ -66,13 +70,30 @@ class Noise(Protocol):
         ...
 
     def bernoulli(
-        self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor
+        self,
+        probability: Tensor,
+        purpose: Purpose,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
     ) -> Tensor:
-        """True with the given probability [B, W]; slots that are not active may hold anything."""
+        """True with the given probability [B, W]; slots that are not active may hold anything.
+
+        ``number`` [W] tells choices apart that are made for one position in one pass: siblings of a tree.
+        """
         ...
 
-    def categorical(self, weights: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
-        """Ids [B, W] drawn in proportion to non-negative weights [B, W, V]."""
+    def categorical(
+        self,
+        weights: Tensor,
+        purpose: Purpose,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
+        """Ids [B, W] drawn in proportion to non-negative weights [B, W, V]; ``number`` as in :meth:`bernoulli`."""
         ...
 
     def integers(self, counts: Tensor, purpose: Purpose, positions: Tensor) -> Tensor:
@@ -118,16 +139,17 @@ class CounterNoise:
 
     def bits(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int, tokens: Tensor | int = 0) -> Tensor:
         """64 random bits per position [B, W], or [B, W, n] when ``tokens`` is a vector of n token ids."""
+        key = self._slot_key(purpose, positions, iteration)
+        return _numbered(key[..., None] if isinstance(tokens, Tensor) else key, tokens)
+
+    def _slot_key(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int) -> Tensor:
         key = _absorb(self._key, int(purpose))[:, None]
         steps = iteration[:, None] if isinstance(iteration, Tensor) else iteration
-        key = _absorb(_absorb(key, positions), steps)
-        if isinstance(tokens, Tensor):
-            return _mix(key[..., None] + (tokens + 1) * _GAMMA)
-        return _mix(key + _signed((tokens + 1) * _GAMMA))
+        return _absorb(_absorb(key, positions), steps)
 
-    def uniform(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int) -> Tensor:
-        """float64 uniforms [B, W] on (0, 1)."""
-        return uniform_from_bits(self.bits(purpose, positions, iteration))
+    def uniform(self, purpose: Purpose, positions: Tensor, iteration: Tensor | int, number: Tensor | int = 0) -> Tensor:
+        """float64 uniforms [B, W] on (0, 1); ``number`` (or one for each slot [W]) stands in the place of the token."""
+        return uniform_from_bits(_numbered(self._slot_key(purpose, positions, iteration), number))
 
     def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
         """Make the Gumbel noise of positions [start, start + window) ready for every row (known on the host: no sync).
@@ -167,15 +189,29 @@ class CounterNoise:
         return self._ring[rows, positions % self._ring.shape[1]]
 
     def bernoulli(
-        self, probability: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor
+        self,
+        probability: Tensor,
+        purpose: Purpose,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
     ) -> Tensor:
         """See :class:`Noise`."""
-        return self.uniform(purpose, positions, iteration) < probability
+        return self.uniform(purpose, positions, iteration, number) < probability
 
-    def categorical(self, weights: Tensor, purpose: Purpose, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def categorical(
+        self,
+        weights: Tensor,
+        purpose: Purpose,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
         """See :class:`Noise`: inversion of the cumulative weights with one uniform per slot."""
         cumulative = weights.double().cumsum(-1)
-        threshold = self.uniform(purpose, positions, iteration) * cumulative[..., -1]
+        threshold = self.uniform(purpose, positions, iteration, number) * cumulative[..., -1]
         ids = torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
         return ids.clamp_max(weights.shape[-1] - 1)
 

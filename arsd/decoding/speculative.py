@@ -22,6 +22,7 @@ from arsd.decoding.registry import (
 from arsd.decoding.relaxed import CoolSDRule, MarginRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts
 from arsd.errors import StrategyError
 
@@ -96,8 +97,8 @@ class Speculative(DecodingStrategy):
     Args:
         drafter: name of a drafter (:func:`arsd.register_drafter`), with options.
         rule: name of a rule (:func:`arsd.register_rule`), with options.
-        window: slots per pass: the last committed token and ``window - 1`` guesses.
-        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``.
+        window: slots per pass: the last committed token and ``window - 1`` guesses. A drafter of trees has its own.
+        pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``, or the columns of a tree.
 
     Raises:
         StrategyError: for names, options or numbers that do not fit, and for a rule that needs q under a drafter that
@@ -146,8 +147,20 @@ class Speculative(DecodingStrategy):
         rule = bound(made_rule(*self._rule), setting)
         drafter = found.make(replace(setting, window=window, rule=rule), **options)
         self._refuse_without_law(rule, bool(getattr(drafter, "needs_law", False)))
+        tree = getattr(drafter, "tree", None)
+        if tree is not None:
+            return self._tree_parts(drafter, rule, tree)
         guesses = FixedWindow(1 if isinstance(drafter, NoDraft) else window)
         return Parts(drafter, rule, guesses, self.config["pass_tokens"] or window)
+
+    def _tree_parts(self, drafter: Any, rule: Any, tree: TreeShape) -> Parts:
+        """A tree has its own window: its depth and one slot more."""
+        if not getattr(rule, "trees", False):
+            raise StrategyError(f"rule {self.config['rule']!r} judges chains of guesses, not the trees of {self}")
+        pass_tokens = self.config["pass_tokens"] or tree.columns
+        if pass_tokens < tree.columns:
+            raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least {tree.columns}, the columns of tree {tree}")
+        return Parts(drafter, rule, FixedWindow(tree.depth + 1), pass_tokens)
 
     def _refuse_without_law(self, rule: Any, given: bool) -> None:
         if getattr(rule, "needs_law", False) and not given:

@@ -1,4 +1,4 @@
-"""The data that flows through the decoding loop. A window is a chain now; ``parents`` and ``path`` leave room for trees."""
+"""The data that flows through the decoding loop. The guesses of a pass are a chain, or a tree of which one path is taken."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from arsd.decoding.laws import Law
     from arsd.decoding.noise import Noise
+    from arsd.decoding.trees import TreeShape
 
 
 class Outcome(IntEnum):
@@ -29,14 +30,16 @@ class Draft:
     """Guesses for the positions that follow the last committed token.
 
     Args:
-        tokens: [B, K]; guess j stands for position n + j.
-        law: [B, K, V] law q that each guess was really drawn from; ``None`` when the rule does not need it.
-        parents: [B, K] index of each guess's parent in a tree, ``None`` for a chain.
+        tokens: [B, K]; guess j of a chain stands for position n + j, node j of a tree for n + depth - 1.
+        law: [B, K, V] law q that each guess was really drawn from; ``None`` when the rule does not need it. Of a tree
+            [B, F, V]: the law that the children of each column with children were drawn from, one after another without
+            replacement; ``None`` means that every node is a fixed token.
+        tree: which guess follows which, ``None`` for a chain.
     """
 
     tokens: Tensor
     law: Tensor | None = None
-    parents: Tensor | None = None
+    tree: TreeShape | None = None
 
 
 @dataclass
@@ -51,7 +54,8 @@ class Verdict:
         near_tie: [B, W] slots whose arg-max was decided by less than the stated margin, or ``None``.
         local_tv: [B, W] total variation between p and the law that the rule gives each slot when it is reached; ``None``
             of a lossless rule.
-        path: [B, W] accepted nodes of a tree, ``None`` for a chain.
+        path: [B, W - 1] accepted nodes of a tree, one per depth (anything behind the last one), ``None`` for a chain.
+            W - 1 is the depth of the tree: a verdict on a tree is the chain that was taken of it.
     """
 
     count: Tensor
@@ -141,11 +145,22 @@ class Target(Protocol):
         """Read the conditions of all rows with a negative length; the others stay as they are. Returns the passes taken."""
         ...
 
-    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """One pass over [last committed token, drafts, padding] = ``tokens`` [B, T]; logits [S, B, T, V].
 
         ``lengths`` [B] (``starts`` on the host) are the committed lengths. Where a row's length is not positive, condition
-        slots are fed in the place of its first columns.
+        slots are fed in the place of its first columns. With a ``tree`` every column sees its ancestors only, except in a
+        row whose length is negative: all that it feeds is its condition. A target that takes no tree need not have the
+        argument, nor :meth:`compact`.
+        """
+        ...
+
+    def compact(self, path: Tensor, count: Tensor) -> None:
+        """After the pass of a tree: the accepted nodes go where a chain would have put them.
+
+        Args:
+            path: [B, D] accepted node of each depth.
+            count: [B] committed tokens; ``count - 1`` of the nodes are kept, none where it is 0.
         """
         ...
 
@@ -183,6 +198,24 @@ class DraftModel(Protocol):
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """``rows`` begin other pictures."""
+        ...
+
+
+class TreeDraftModel(DraftModel, Protocol):
+    """A small model that can read several guesses for the same position."""
+
+    def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int, starts: list[int]) -> Tensor:
+        """Read the nodes of one level after those of all levels above it, which follow a :meth:`catch_up`.
+
+        Args:
+            tokens: [B, n] tokens of the columns ``tree.level(depth)``.
+            tree: which node follows which; each sees its ancestors only.
+            depth: 1, 2, ... up to ``tree.depth - 1``.
+            starts: committed lengths, on the host.
+
+        Returns:
+            Logits [S, B, f, V] of the position behind each node of the level that has children.
+        """
         ...
 
 

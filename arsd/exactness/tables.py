@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arsd.decoding import CounterNoise, DecodeRequest, DecodeResult, Grammar, LawConfig, Laws, Parts, Setting, decode
 from arsd.decoding.small_ar import SmallARDrafter
+from arsd.decoding.trees import TreeShape, tables
 
 Build = Callable[[Setting], Parts]
 
@@ -78,14 +79,30 @@ class TableTarget:
         self.context.scatter_(1, slots, tokens)
         return slots
 
-    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+    def compact(self, path: Tensor, count: Tensor) -> None:
+        """Keep the accepted path of a tree; see :class:`arsd.decoding.types.Target`."""
+        columns = torch.arange(1, 1 + path.shape[1])
+        source = torch.where(columns < count[:, None], path + 1, columns)
+        first = self.lengths[:, None]
+        self.context.scatter_(1, first + columns, self.context.gather(1, first + source))
+
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """Logits [S, B, T, V] of one pass; see :class:`arsd.decoding.types.Target`."""
         slots = self.remember(tokens, lengths, starts)
         index = torch.zeros(self.batch, self.num_tokens + 1, dtype=torch.int64)  # row of tables[n] that a prefix selects
         for n in range(1, self.num_tokens):
             index[:, n] = index[:, n - 1] * self.vocab + self.context[:, n]
-        position = slots.clamp_max(self.num_tokens)
-        return self.flat[:, self.offsets[position] + index.gather(1, position)]
+        if tree is None:
+            position = slots.clamp_max(self.num_tokens)
+            return self.flat[:, self.offsets[position] + index.gather(1, position)]
+        position = lengths[:, None] + tables(tree, tokens.shape[1], self.device).depths
+        number = [index.gather(1, lengths[:, None].clamp_max(self.num_tokens))[:, 0]]
+        for column in range(1, tokens.shape[1]):
+            parent = tree.parents[column - 1] if column < tree.columns else 0
+            number.append(number[parent] * self.vocab + tokens[:, column])
+        inside = position < self.num_tokens
+        row = torch.where(inside, self.offsets[position.clamp_max(self.num_tokens)] + torch.stack(number, 1), -1)
+        return self.flat[:, row]
 
 
 class HashTarget(TableTarget):
@@ -112,14 +129,19 @@ class HashTarget(TableTarget):
         other.table = (self.table + other.table) / 2
         return other
 
-    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """Logits [S, B, T, V] of one pass; see :class:`arsd.decoding.types.Target`."""
         slots = self.remember(tokens, lengths, starts)
+        own, parent, depth = slots, slots - 1, slots
+        if tree is not None:
+            columns = torch.tensor([-1, *tree.parents, *[0] * (tokens.shape[1] - tree.columns)])
+            parent = lengths[:, None] + columns
+            depth = lengths[:, None] + tables(tree, tokens.shape[1], self.device).depths
         key = torch.zeros_like(slots)
-        for back, factor in enumerate((7, 31)):  # depends weakly on far tokens, as pictures do
-            seen = self.context.gather(1, (slots - back).clamp_min(0)) % (5 - 2 * back)
-            key = key + factor * torch.where(slots - back > 0, seen, 0)
-        return self.table[:, (key * 13 + slots) % self.ROWS]
+        for back, (factor, read) in enumerate(((7, own), (31, parent))):  # depends weakly on far tokens, as pictures do
+            seen = self.context.gather(1, read.clamp_min(0)) % (5 - 2 * back)
+            key = key + factor * torch.where(depth - back > 0, seen, 0)
+        return self.table[:, (key * 13 + depth) % self.ROWS]
 
 
 def random_codebook(vocab: int) -> Tensor:

@@ -8,7 +8,7 @@ of the paths that end in a sequence add up to the probability with which the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,12 +71,28 @@ class ChoiceTape:
         row, column, option = passed.unbind(1)
         return chosen[row].scatter(1, column[:, None], option[:, None].to(torch.int8)), column + 1
 
-    def bernoulli(self, probability: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def bernoulli(
+        self,
+        probability: Tensor,
+        purpose: int,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
         """A branch with two options per active slot [B, W]."""
         p = probability.nan_to_num(0.0).clamp(0, 1)  # as a uniform below 1.5 is, and below NaN is not
         return self._choose(torch.stack([1 - p, p], dim=-1), active).bool()
 
-    def categorical(self, weights: Tensor, purpose: int, positions: Tensor, iteration: Tensor, active: Tensor) -> Tensor:
+    def categorical(
+        self,
+        weights: Tensor,
+        purpose: int,
+        positions: Tensor,
+        iteration: Tensor,
+        active: Tensor,
+        number: Tensor | int = 0,
+    ) -> Tensor:
         """A branch per active slot [B, W] with an option for every id of positive weight."""
         return self._choose(weights, active)
 
@@ -95,22 +111,21 @@ class ChoiceTape:
         raise NotEnumerable("Gumbel noise has infinitely many outcomes")
 
 
-def push_forward(
-    world: World, build: Build, limit: int | None = None, each: Each | None = None, **request: Any
-) -> tuple[Tensor, int]:
-    """The exact law [V ** N] of the sampler made of the parts of ``build``, and the number of paths.
+def every_path(
+    world: World, build: Build, limit: int | None = None, **request: Any
+) -> Iterator[tuple[DecodeResult, Tensor]]:
+    """All paths of the sampler made of the parts of ``build``, in batches: what was decoded, and the weights of the rows.
 
     Args:
         world: the task.
         build: makes the parts of the loop.
         limit: give up after this many paths.
-        each: called with the results of many paths and their weights, for expectations and for what holds on every path.
         request: more of :class:`arsd.decoding.DecodeRequest`.
 
     Raises:
         NotEnumerable: when the parts use Gumbel noise, or there are more paths than ``limit``.
     """
-    law, paths = torch.zeros(world.vocab**world.num_tokens, dtype=torch.float64), 0
+    paths = 0
     waiting = [(torch.zeros(1, 0, dtype=torch.int8), torch.zeros(1, dtype=torch.int64))]
     while waiting:
         digits, depth = waiting.pop()
@@ -122,10 +137,23 @@ def push_forward(
             raise NotEnumerable(f"more than {limit:,} paths")
         tape = ChoiceTape(digits, depth)
         result = world.decode(len(depth), build, tape, **request)
-        law.index_add_(0, world.number(result.tokens), tape.weight)
-        if each is not None:
-            each(result, tape.weight)
+        yield result, tape.weight
         more = tape.siblings()
         if len(more[1]):
             waiting.append(more)
+
+
+def push_forward(
+    world: World, build: Build, limit: int | None = None, each: Each | None = None, **request: Any
+) -> tuple[Tensor, int]:
+    """The exact law [V ** N] of the sampler, and the number of paths; arguments and errors of :func:`every_path`.
+
+    ``each`` is called with the results of many paths and their weights, for expectations and for what holds on every path.
+    """
+    law, paths = torch.zeros(world.vocab**world.num_tokens, dtype=torch.float64), 0
+    for result, weight in every_path(world, build, limit, **request):
+        law.index_add_(0, world.number(result.tokens), weight)
+        paths += len(weight)
+        if each is not None:
+            each(result, weight)
     return law, paths

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arsd.cache import RowCache, harmless_step
+from arsd.decoding.trees import TreeShape, tables
 from arsd.errors import InputError
 
 
@@ -84,13 +85,24 @@ class DecoderTarget:
             behind, passes = behind - step, passes + 1
         return passes
 
-    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """See :class:`arsd.decoding.types.Target`."""
         embeds = self.embed(tokens).to(self.dtype).expand(self.streams, -1, -1, -1)
         if min(starts) <= 0:
             embeds = self._with_condition(embeds, lengths)
-        logits = self.head(self._run(embeds, attended=self._attended(starts, tokens.shape[1])))
+        attended = self._attended(starts, tokens.shape[1])
+        hidden = self._run(embeds, attended=attended) if tree is None else self._run_tree(embeds, lengths, tree, attended)
+        logits = self.head(hidden)
         return logits.view(self.streams, self.batch, *logits.shape[1:])
+
+    def compact(self, path: Tensor, count: Tensor) -> None:
+        """See :class:`arsd.decoding.types.Target`."""
+        columns = torch.arange(1, 1 + path.shape[1], device=path.device)
+        source = torch.where(columns < count[:, None], path + 1, columns).repeat(self.streams, 1)
+        self.cache.compact(source)
+        if self.features is not None:
+            rows, first = torch.arange(len(source), device=path.device)[:, None], self.cache.lengths[:, None]
+            self.features[rows, first + columns] = self.features[rows, first + source]
 
     def rollback(self, lengths: Tensor) -> None:
         """See :class:`arsd.decoding.types.Target`: entries for all committed tokens but the last."""
@@ -130,8 +142,18 @@ class DecoderTarget:
         return torch.where((slots < self.prefix)[..., None], given, embeds)
 
     def _run(self, embeds: Tensor, idle: Tensor | None = None, attended: int | None = None) -> Tensor:
+        return self._pass(embeds, *self.cache.begin(embeds.shape[-2], idle, attended))
+
+    def _run_tree(self, embeds: Tensor, lengths: Tensor, tree: TreeShape, attended: int | None) -> Tensor:
+        """A pass over the columns of a tree; a row that reads its condition feeds a chain."""
+        depths, sees = tables(tree, embeds.shape[-2], self.device)[:2]
+        reading, slots = (lengths < 0)[:, None], self._slots[: embeds.shape[-2]]
+        depths = torch.where(reading, slots, depths).repeat(self.streams, 1)
+        sees = torch.where(reading[..., None], slots[:, None] >= slots, sees).repeat(self.streams, 1, 1)
+        return self._pass(embeds, *self.cache.begin_tree(depths, sees, attended))
+
+    def _pass(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         embeds = embeds.reshape(-1, *embeds.shape[2:])
-        positions, mask = self.cache.begin(embeds.shape[1], idle, attended)
         out = self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -142,5 +164,5 @@ class DecoderTarget:
         hidden = cast(Tensor, out.last_hidden_state)
         if self.features is not None:
             rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-            self.features[rows, positions] = hidden
+            self.features[rows, self.cache.places] = hidden
         return hidden
