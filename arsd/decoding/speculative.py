@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.registry import Registered, find_drafter, find_rule, register_drafter, register_rule
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _parse_value, _whole
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts
@@ -18,6 +19,8 @@ from arsd.errors import StrategyError
 
 register_rule("seed-exact", seed_exact=True)(SeedExact)
 register_rule("rejection")(RejectionSampling)
+register_rule("siblings")(lambda: SiblingSampling())
+register_rule("seed-exact-tree", seed_exact=True)(SeedExactTree)
 
 
 @register_drafter("none")
