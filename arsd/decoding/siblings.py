@@ -12,7 +12,6 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
-from arsd.decoding.registry import register_rule
 from arsd.decoding.rules import NEAR_TIE
 from arsd.decoding.trees import TreeShape, TreeTables, tables
 from arsd.decoding.types import Draft, Outcome, Step, Verdict
@@ -207,7 +206,3 @@ class _Node:
             self.q = torch.where(exists[:, None], others / others.sum(-1, keepdim=True).clamp_min(1e-300), q)
         self.tested = self.tested | exists
         return (taken & asked)[:, 0]
-
-
-register_rule("siblings")(lambda: SiblingSampling())
-register_rule("seed-exact-tree", seed_exact=True)(SeedExactTree)

@@ -21,6 +21,7 @@ from arsd.decoding.registry import (
 )
 from arsd.decoding.relaxed import CoolSDRule, MarginRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts
@@ -30,6 +31,8 @@ register_rule("seed-exact", seed_exact=True)(SeedExact)
 register_rule("rejection")(RejectionSampling)
 register_rule("cool-sd", lossless=False)(CoolSDRule)
 register_rule("margin", lossless=False)(MarginRule)
+register_rule("siblings")(lambda: SiblingSampling())
+register_rule("seed-exact-tree", seed_exact=True)(SeedExactTree)
 
 
 @register_drafter("none")
