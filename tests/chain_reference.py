@@ -81,7 +81,12 @@ class Omegas(Judge):
 
 def predicted(target: World, draft: World, window: int, judge: Judge) -> Tensor:
     """The law [V ** N] of decoding in rounds: a chain of guesses, judged one after another, one token more, and again."""
-    p_of, q_of, law = law_of(target), law_of(draft), defaultdict(float)
+    return forecast(target, draft, window, judge)[0]
+
+
+def forecast(target: World, draft: World, window: int, judge: Judge) -> tuple[Tensor, float]:
+    """The law, and the expected total of the costs of all slots that are reached."""
+    p_of, q_of, law, bill = law_of(target), law_of(draft), defaultdict(float), [0.0]
 
     def slot(prefix: tuple[int, ...], i: int, mass: Any, spent: Any) -> None:
         if len(prefix) == target.num_tokens or mass == 0:
@@ -94,7 +99,9 @@ def predicted(target: World, draft: World, window: int, judge: Judge) -> Tensor:
             return
         q = q_of(prefix)
         f = judge.accept(p, q, i, window - 1, len(prefix), spent)
-        spent = spent + judge.cost(p, q, f)
+        cost = judge.cost(p, q, f)
+        bill[0] += mass * cost
+        spent = spent + cost
         after: dict[int, Any] = defaultdict(float)
         for d, (chance, taken) in enumerate(zip(q, f, strict=True)):
             slot((*prefix, d), i + 1, mass * chance * taken, spent)
@@ -109,7 +116,7 @@ def predicted(target: World, draft: World, window: int, judge: Judge) -> Tensor:
     for sequence, mass in law.items():
         if len(sequence) == target.num_tokens:
             flat[int(target.number(torch.tensor([sequence])))] = float(mass)
-    return flat
+    return flat, bill[0]
 
 
 class Virtual:

@@ -199,7 +199,7 @@ def test_a_pipeline_keeps_the_name_and_asks_for_the_file_that_registers_it(tmp_p
     with pytest.raises(CheckpointError) as error:
         arsd.AutoARPipeline.from_pretrained(folder)
     one_clear_line(
-        error.value, "unknown rule 'kept': choose from seed-exact, rejection, or import the file that registers it"
+        error.value, "unknown rule 'kept': choose from seed-exact, rejection, cool-sd"
     )
 
 
@@ -222,7 +222,7 @@ MISTAKES = {
     "raises": (("seed-exact", "--import", "raising.py"), "cannot import raising.py: ValueError: not today"),
     "exits": (("seed-exact", "--import", "leaving.py"), "cannot import leaving.py: SystemExit: 3"),
     "name taken": (("seed-exact", "--import", "taken.py"), "there is a rule 'seed-exact' already"),
-    "unknown target": (("warp",), "no rule or drafter is called 'warp': choose from seed-exact, rejection, none, jacobi"),
+    "unknown target": (("warp",), "no rule or drafter is called 'warp': choose from seed-exact, rejection, cool-sd"),
     "no class": (("odd.py:Nothing",), "odd.py has no 'Nothing'"),
     "no file of the class": (("none.py:Class",), "cannot import none.py"),
     "neither": (("odd.py:Empty",), "must be a class with either verify (a rule) or propose (a drafter)"),
