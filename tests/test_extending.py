@@ -198,9 +198,7 @@ def test_a_pipeline_keeps_the_name_and_asks_for_the_file_that_registers_it(tmp_p
     del registry_module.RULES["kept"]
     with pytest.raises(CheckpointError) as error:
         arsd.AutoARPipeline.from_pretrained(folder)
-    one_clear_line(
-        error.value, "unknown rule 'kept': choose from seed-exact, rejection, cool-sd"
-    )
+    one_clear_line(error.value, "unknown rule 'kept': choose from seed-exact, rejection, cool-sd")
 
 
 # ---------------------------------------------------------------- mistakes: status 2 and one line
