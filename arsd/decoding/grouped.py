@@ -70,7 +70,7 @@ class GroupedRule(ChainRule):
         ``optimal``: max(f - p / q, 0), whose expectation is sum max(q f - p, 0), the slot's total variation. ``own``:
         |f - v| bounds the distance of the kernels "d with f, else the residual" and "d with v, else the residual".
         """
-        f = self.acceptance(slots)
+        f = self.acceptance(slots) if slots.chance is None else slots.chance
         p, q = (x[..., 0] for x in slots.masses(slots.guesses[..., None]))
         estimate = (f - (p / q).clamp_max(1)).abs() if self.own else (f - p / q).clamp_min(0)
         return torch.where(slots.guessed, estimate, 0.0)

@@ -38,11 +38,15 @@ def _nearest(codes: Tensor, first: int, last: int, k: int) -> Tensor:
     """Rows ``first`` to ``last`` of the table. A plain top-k breaks ties as it likes, so the border is settled by id."""
     distance = torch.cdist(codes[first:last], codes, compute_mode="donot_use_mm_for_euclid_dist")
     distance[torch.arange(last - first), torch.arange(first, last)] = torch.inf
-    border = distance.topk(k, largest=False).values[:, -1:]
-    tied = distance == border
-    room = k - (distance < border).sum(1, keepdim=True)
-    chosen = (distance < border) | (tied & (tied.cumsum(1) <= room))
-    ids = chosen.nonzero()[:, 1].view(last - first, k)
+    nearest, ids = distance.topk(k + 1, largest=False)
+    ids = ids[:, :k].sort(dim=1).values
+    unsettled = (nearest[:, k - 1] == nearest[:, k]).nonzero()[:, 0]
+    if len(unsettled):
+        rows, border = distance[unsettled], nearest[unsettled, k - 1 : k]
+        tied = rows == border
+        room = k - (rows < border).sum(1, keepdim=True)
+        chosen = (rows < border) | (tied & (tied.cumsum(1) <= room))
+        ids[unsettled] = chosen.nonzero()[:, 1].view(-1, k)
     order = distance.gather(1, ids).argsort(dim=1, stable=True)
     return ids.gather(1, order).int()
 
