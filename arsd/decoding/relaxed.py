@@ -128,19 +128,20 @@ class CoolSDRule(ChainRule):
         if self._spent is None or self.budget is None:
             raise StrategyError("a budget is kept for each picture of a call: call bind(setting) first")
         p, q = slots.p.double(), slots.q.double()
-        accrued = self.budget * ((step.positions + 1).clamp_max(self._num_tokens) / self._num_tokens).double()
+        accrued = self.budget * (step.positions + 1).clamp_max(self._num_tokens).double() / self._num_tokens
         most = (torch.where(p > 0, q, 0.0) - p).clamp_min(0).sum(-1).cumsum(1)
         before = self._spent[:, None]
         after = most + torch.minimum(before, (accrued - most).cummin(1).values)
-        return (after.diff(dim=1, prepend=before) - SLACK).clamp_min(0)
+        return after.diff(dim=1, prepend=before).clamp_min(0)
 
 
 def largest_omega(slots: Slots, allowance: Tensor) -> Tensor:
     """The largest omega [B, n] >= 1 with t(omega) = sum max(min(q, omega p) - p, 0) <= ``allowance`` [B, n]; float64.
 
-    t is increasing, concave and linear between its breakpoints q / p, so the answer is exact up to rounding; where rounding
-    has pushed it over the allowance it is 1.
+    t is increasing, concave and linear between its breakpoints q / p, so the answer is exact but for the slack that it
+    leaves to rounding. Should rounding take more than that, it is 1.
     """
+    aim = (allowance - SLACK).clamp_min(0)
     p, q = slots.p.double(), slots.q.double()
     gains = (q > p) & (p > 0)
     ratio, order = torch.where(gains, q / p, 1.0).clamp_max(MOST).sort(dim=-1)
@@ -148,9 +149,9 @@ def largest_omega(slots: Slots, allowance: Tensor) -> Tensor:
     full = (q_up - p_up).cumsum(-1) - (q_up - p_up)  # ids before this one are taken whenever they are drawn
     rest = p_up.flip(-1).cumsum(-1).flip(-1)
     cost = full + (ratio - 1) * rest
-    k = torch.searchsorted(cost, allowance[..., None], right=True).clamp_max(cost.shape[-1] - 1)
+    k = torch.searchsorted(cost, aim[..., None], right=True).clamp_max(cost.shape[-1] - 1)
     full, rest, ratio = (x.gather(-1, k)[..., 0] for x in (full, rest, ratio))
-    slope = (allowance - full).clamp_min(0) / rest.clamp_min(1e-300)
+    slope = (aim - full).clamp_min(0) / rest.clamp_min(1e-300)
     omega = torch.minimum(1 + slope, ratio)
     spends = (torch.minimum(q, omega[..., None] * p) - p).clamp_min(0).sum(-1)
     return torch.where(spends <= allowance, omega, 1.0)

@@ -43,6 +43,7 @@ class Slots:
         guesses: [B, n]; 0 where there is none.
         guessed: [B, n] whether there is a guess.
         omega: [B, n] float64 factors of the rule, ``None`` for 1 everywhere.
+        chance: [B, n] what :meth:`ChainRule.acceptance` said, for a meter that is read off the guesses.
     """
 
     p: Tensor
@@ -50,6 +51,7 @@ class Slots:
     guesses: Tensor
     guessed: Tensor
     omega: Tensor | None = None
+    chance: Tensor | None = None
 
     @classmethod
     def of(cls, p: Tensor, draft: Draft) -> Slots:
@@ -95,8 +97,9 @@ class ChainRule:
         """See :class:`arsd.decoding.types.Rule`."""
         slots = Slots.of(law.probs, draft)
         slots.omega = self.omegas(step, slots)
-        chance = self.acceptance(slots)[:, :-1]
-        accepted = step.noise.bernoulli(chance, Purpose.ACCEPT, step.positions[:, :-1], step.iteration, step.active[:, :-1])
+        slots.chance = self.acceptance(slots)
+        where = step.positions[:, :-1], step.iteration, step.active[:, :-1]
+        accepted = step.noise.bernoulli(slots.chance[:, :-1], Purpose.ACCEPT, *where)
         tokens = (self._judge_every_slot if self.every_slot else self._judge_until_refused)(step, slots, accepted)
         verdict = _verdict(step, draft, tokens, accepted)
         verdict.local_tv = self.local_tv(slots)

@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
 
 from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
+from arsd.decoding.grouped import GroupedRule
+from arsd.decoding.lantern import LanternPlusPlusRule, LanternRule
 from arsd.decoding.registry import (
     Registered,
     bound,
@@ -30,6 +32,9 @@ from arsd.errors import StrategyError
 register_rule("seed-exact", seed_exact=True)(SeedExact)
 register_rule("rejection")(RejectionSampling)
 register_rule("cool-sd", lossless=False)(CoolSDRule)
+register_rule("lantern", lossless=False)(LanternRule)
+register_rule("lantern-plus-plus", lossless=False)(LanternPlusPlusRule)
+register_rule("grouped", lossless=False)(GroupedRule)
 register_rule("margin", lossless=False)(MarginRule)
 register_rule("siblings")(lambda: SiblingSampling())
 register_rule("seed-exact-tree", seed_exact=True)(SeedExactTree)
