@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import reference_eagle as reference
 import torch
-from test_eagle_files import CHAMELEON, caught_up, chameleon_state, precise, published, with_option
+from test_eagle_files import CHAMELEON, chameleon_state, published
+from test_eagle_llamagen import caught_up, precise, with_option
 from tiny_pipeline import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
