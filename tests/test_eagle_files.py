@@ -54,6 +54,8 @@ def test_what_the_files_do_not_say_is_as_published(tmp_path):
     wanted |= {"num_heads": 4, "norm_eps": 1e-5, "see_first": False, "bias": False, "embed_upscale": 1.0}
     folder = published(tmp_path / "b", chameleon_state(bias=False), None)
     assert EagleDrafter.from_single_file(folder / "pytorch_model.bin").config.items() >= wanted.items()
+    bare = published(tmp_path / "d", reference.drafter_state(), None)
+    assert EagleDrafter.from_single_file(bare, num_heads=2).config["norm_eps"] == 1e-6
     scaled = EagleDrafter.from_single_file(published(tmp_path / "c", chameleon_state(), CHAMELEON | {"embed_upscale": 2.0}))
     assert scaled.config["embed_upscale"] == 2.0
 
