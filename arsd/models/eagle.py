@@ -7,6 +7,7 @@ slots by the feature, so that the same pair is called (x_{t+1}, h_t) there.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ BLOCKS: dict[str, tuple[Any, Any]] = {
 class EagleDrafter(ModelMixin, ConfigMixin):
     """One decoder layer of the target's block type behind ``Linear([embedding, feature])``.
 
-    Embedding, head and rotary table are the target's and are not part of this module.
+    Head and rotary table are the target's and are not part of this module; nor is the embedding, unless it has its own.
 
     Args:
         hidden_size: width D of the target.
@@ -42,6 +43,11 @@ class EagleDrafter(ModelMixin, ConfigMixin):
         condition_inputs: what stands for the embedding in condition slots: ``embedding``, the condition itself, or
             ``zero-token``, the embedding of token 0 (LANTERN's LlamaGen drafters).
         see_padding: whether padded condition slots are read (LANTERN's LlamaGen drafters do).
+        see_first: whether the first condition slot behind the padding is read, although the slot before it, whose feature
+            it reads, is padding or none (LANTERN's drafters do not).
+        bias: whether the linear layer in front has a bias.
+        vocab_size: ids of a frozen embedding of its own; ``None`` reads the target's.
+        embed_upscale: factor of the embeddings.
     """
 
     _no_split_modules = ["LlamaDecoderLayer", "ChameleonDecoderLayer"]
@@ -58,6 +64,10 @@ class EagleDrafter(ModelMixin, ConfigMixin):
         input_norm: bool = False,
         condition_inputs: str = "embedding",
         see_padding: bool = False,
+        see_first: bool = True,
+        bias: bool = True,
+        vocab_size: int | None = None,
+        embed_upscale: float = 1.0,
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
@@ -74,7 +84,10 @@ class EagleDrafter(ModelMixin, ConfigMixin):
             rms_norm_eps=norm_eps,
             attn_implementation="sdpa",
         )
-        self.fc = nn.Linear(2 * hidden_size, hidden_size)
+        self.embed_tokens: nn.Embedding | None = None
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, hidden_size).requires_grad_(False)
+        self.fc = nn.Linear(2 * hidden_size, hidden_size, bias=bias)
         self.layer = make_layer(self.block_config, layer_idx=0)
         if not input_norm:
             self.layer.input_layernorm = nn.Identity()
@@ -110,13 +123,13 @@ class EagleDrafter(ModelMixin, ConfigMixin):
         """Predicted features [B, T, D] of T slots.
 
         Args:
-            embeds: [B, T, D] embeddings of the tokens in these slots.
+            embeds: [B, T, D] embeddings of the tokens in these slots, not yet scaled.
             features: [B, T, D] features of the slots before them, the target's own or predicted.
             mask: additive attention mask [B, 1, T, S].
             position_embeddings: cos and sin of the slots, from the target's rotary table.
             cache: a transformers cache of one layer, or ``None``.
         """
-        hidden = self.fc(torch.cat([embeds, features], dim=-1))
+        hidden = self.fc(torch.cat([embeds * self.config["embed_upscale"], features], dim=-1))
         out = self.layer(
             hidden,
             attention_mask=mask,
@@ -125,3 +138,16 @@ class EagleDrafter(ModelMixin, ConfigMixin):
             position_embeddings=position_embeddings,
         )
         return out[0] if isinstance(out, tuple) else out
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **options: Any) -> EagleDrafter:
+        """Load a drafter that was published with LANTERN; see :func:`arsd.models.eagle_files.load_eagle`."""
+        from arsd.models.eagle_files import load_eagle
+
+        return load_eagle(path, **options)
+
+    def save_single_file(self, path: str | Path, *, lm: Any = None) -> None:
+        """Write the published layout; see :func:`arsd.models.eagle_files.save_eagle`."""
+        from arsd.models.eagle_files import save_eagle
+
+        save_eagle(self, path, lm=lm)

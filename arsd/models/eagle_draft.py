@@ -22,12 +22,16 @@ class EagleDraftModel(SmallARDrafter):
         drafter: the trained layer.
         rotary: the target's rotary table.
         head: the target's head.
-        embed: the target's embedding.
-        condition: as the target's [S, M, P, D].
+        embed: the target's embedding, which a drafter with an embedding of its own does not use.
+        condition: as the target's [S, M, P, D]. Where its slots are tokens (Lumina-mGPT, Anole) and the drafter has an
+            embedding of its own, they must be looked up there: ``drafter.embed_tokens(ids)``.
         num_tokens: image tokens per picture.
         window: the widest pass.
         padding: as the target's [S, M, P], or ``None``.
         batch: rows.
+
+    Raises:
+        InputError: when the drafter does not fit the target.
     """
 
     CHUNK = 32  # condition slots per pass, at least
@@ -44,16 +48,13 @@ class EagleDraftModel(SmallARDrafter):
         padding: Tensor | None = None,
         batch: int | None = None,
     ) -> None:
-        width, chunk = drafter.config["hidden_size"], max(window, self.CHUNK)
-        if condition.shape[-1] != width:
-            raise InputError(f"the drafter is {width} wide, the target {condition.shape[-1]}: it belongs to another model")
+        _check_fit(drafter, rotary, head, condition)
+        chunk = max(window, self.CHUNK)
+        if drafter.embed_tokens is not None:
+            embed = drafter.embed_tokens
         if drafter.config["condition_inputs"] == "zero-token":
             condition = embed(condition.new_zeros(1, dtype=torch.int64)).to(condition.dtype).expand(condition.shape)
-        if drafter.config["see_padding"] or padding is None:
-            padding = torch.zeros(condition.shape[:3], dtype=torch.bool, device=condition.device)
-        if condition.shape[2] > 1:
-            padding = padding.clone()
-            padding[:, :, 0] = True  # the first slot has no feature before it
+        padding = _unread_slots(drafter, condition, padding)
         layers = (_EagleLayers(drafter, rotary), head, embed)
         super().__init__(_EagleTarget(*layers, condition, num_tokens, chunk, padding, batch), chunk)
 
@@ -77,6 +78,37 @@ class EagleDraftModel(SmallARDrafter):
         """See :class:`arsd.decoding.types.DraftModel`: on the target's own features."""
         self.model.guess = None
         return super().catch_up(tokens, read, columns)
+
+
+def _check_fit(drafter: EagleDrafter, rotary: nn.Module, head: nn.Module, condition: Tensor) -> None:
+    config, width = drafter.config, condition.shape[-1]
+    if width != config["hidden_size"]:
+        raise InputError(f"the drafter is {config['hidden_size']} wide, the target {width}: it belongs to another model")
+    if drafter.dtype != condition.dtype:
+        raise InputError(f"the drafter is {drafter.dtype}, the target {condition.dtype}: give both one dtype, pipe.to(...)")
+    first = torch.zeros(1, 1, dtype=torch.int64, device=condition.device)
+    head_dim = rotary(condition[0, :1, :1], position_ids=first)[0].shape[-1]
+    if head_dim * config["num_heads"] != width:
+        raise InputError(
+            f"the drafter has {config['num_heads']} heads, the target {width // head_dim}: it belongs to another model"
+        )
+    vocab = getattr(head, "out_features", 0)
+    if drafter.embed_tokens is not None and drafter.embed_tokens.num_embeddings < vocab:
+        raise InputError(
+            f"the drafter has {drafter.embed_tokens.num_embeddings} ids, the target {vocab}: they must be the same"
+        )
+
+
+def _unread_slots(drafter: EagleDrafter, condition: Tensor, padding: Tensor | None) -> Tensor:
+    """Condition slots [S, M, P] that no other slot reads."""
+    if drafter.config["see_padding"] or padding is None:
+        padding = torch.zeros(condition.shape[:3], dtype=torch.bool, device=condition.device)
+    padding = padding.clone()
+    if not drafter.config["see_first"]:
+        padding.scatter_(-1, (~padding).int().argmax(-1, keepdim=True), True)
+    if condition.shape[2] > 1:
+        padding[:, :, 0] = True  # the first slot has no feature before it
+    return padding
 
 
 class _EagleTarget(DecoderTarget):

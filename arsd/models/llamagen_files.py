@@ -7,21 +7,27 @@ rows of q and k are reordered, which leaves every attention score as it was.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from arsd.errors import CheckpointError, InputError
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.rotary import GridRotaryTable
+from arsd.models.weight_files import (
+    check_keys,
+    check_tensors,
+    count_indices,
+    read_state_dict,
+    shape_of,
+    to_half,
+    to_interleaved,
+    write_state_dict,
+)
 from arsd.tokenizers.vq import VQTokenizer
 
 Layout = dict[str, tuple[str, ...]]  # upstream key -> our parameters, whose rows stacked make the upstream tensor
@@ -38,7 +44,6 @@ PUBLISHED_HEADS = {
 }
 """Attention heads of the published sizes by (width, layers)."""
 
-_CONTAINERS = ("model", "module", "state_dict")
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _NULL_CAPTION = "cls_embedding.uncond_embedding"
 _STEM_KEYS = {
@@ -70,37 +75,6 @@ _VQ_RENAMES = (
 _CODES_USED = "quantize.codebook_used"  # training statistics, which upstream insists on when it loads a VQ file
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by upstream key, on the CPU; they may be mapped from the file, so copy what you keep.
-
-    ``.safetensors`` files are flat. Any other file is a ``torch.save`` archive, of which the entry ``model``, else
-    ``module``, else ``state_dict``, else the whole dict is taken. Nothing but tensors, plain containers and the
-    ``argparse.Namespace`` of a training checkpoint is unpickled.
-
-    Raises:
-        CheckpointError: for a file that is missing, truncated or corrupt, holds other objects, or has no tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: check the path, or download the checkpoint first")
-    try:
-        content = _read(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): check disk and permissions") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            what = f"{path} holds the Python object {refused[1]}, which is not safe to load"
-            raise CheckpointError(f"{what}: save its state_dict alone with torch.save and load that file") from error
-        raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error
-    if isinstance(content, dict):
-        content = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), content)
-    entries = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in entries if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} has no tensors under {', '.join(_CONTAINERS)} or at the top: give a weight file")
-    return tensors
-
-
 def transformer_config(
     state: Mapping[str, Tensor], path: str | Path, *, grid: int | None = None, num_heads: int | None = None
 ) -> dict[str, Any]:
@@ -112,14 +86,14 @@ def transformer_config(
         CheckpointError: when a tensor that tells a size is missing or odd, or the heads are unknown or do not fit.
         InputError: for a grid below 1.
     """
-    vocab_size, width = _shape(state, "tok_embeddings.weight", 2, path)
-    layers = _count(state, r"layers\.(\d+)\.")
+    vocab_size, width = shape_of(state, "tok_embeddings.weight", 2, path)
+    layers = count_indices(state, r"layers\.(\d+)\.")
     heads = num_heads or PUBLISHED_HEADS.get((width, layers))
     if heads is None:
         raise CheckpointError(f"{path}: width {width} with {layers} layers is no published size: say num_heads=...")
     if heads < 1 or width % (4 * heads):
         raise CheckpointError(f"{path}: width {width} is no multiple of 4 * {heads} heads: give the right num_heads")
-    rows = _shape(state, "layers.0.attention.wqkv.weight", 2, path)[0]
+    rows = shape_of(state, "layers.0.attention.wqkv.weight", 2, path)[0]
     kv_heads, rest = divmod(rows - width, 2 * (width // heads))
     if rest or kv_heads < 1 or heads % kv_heads:
         raise CheckpointError(f"{path}: wqkv with {rows} rows does not fit {heads} heads: give the right num_heads")
@@ -131,13 +105,13 @@ def transformer_config(
         "hidden_size": width,
         "num_layers": layers,
         "num_heads": heads,
-        "intermediate_size": _shape(state, "layers.0.feed_forward.w1.weight", 2, path)[0],
+        "intermediate_size": shape_of(state, "layers.0.feed_forward.w1.weight", 2, path)[0],
         "num_key_value_heads": None if kv_heads == heads else kv_heads,
         "grid": grid,
     }
     if _CLASS_TABLE in state:
-        return config | {"condition": "class", "num_classes": _shape(state, _CLASS_TABLE, 2, path)[0] - 1}
-    slots, caption_dim = _shape(state, _NULL_CAPTION, 2, path)
+        return config | {"condition": "class", "num_classes": shape_of(state, _CLASS_TABLE, 2, path)[0] - 1}
+    slots, caption_dim = shape_of(state, _NULL_CAPTION, 2, path)
     return config | {"condition": "text", "condition_tokens": slots, "caption_dim": caption_dim}
 
 
@@ -191,9 +165,9 @@ def save_transformer(model: LlamaGenTransformer, path: str | Path) -> None:
     for key, names in _transformer_layout(model.config["num_layers"], model.config["condition"]).items():
         parts = [ours[name].detach().cpu() for name in names]
         if len(parts) == 3:
-            parts = [_to_interleaved(parts[0], heads), _to_interleaved(parts[1], kv_heads), parts[2]]
+            parts = [to_interleaved(parts[0], heads), to_interleaved(parts[1], kv_heads), parts[2]]
         state[key] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    _write(state, Path(path))
+    write_state_dict(state, path, "model")
 
 
 def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
@@ -202,10 +176,10 @@ def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when a tensor that tells a size is missing, or the channels are no multiples as they must be.
     """
-    codes, code_dim = _shape(state, "quantize.embedding.weight", 2, path)
-    base = _shape(state, "encoder.conv_in.weight", 4, path)[0]
-    levels = _count(state, r"encoder\.conv_blocks\.(\d+)\.")
-    channels = [_shape(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, path)[0] for i in range(levels)]
+    codes, code_dim = shape_of(state, "quantize.embedding.weight", 2, path)
+    base = shape_of(state, "encoder.conv_in.weight", 4, path)[0]
+    levels = count_indices(state, r"encoder\.conv_blocks\.(\d+)\.")
+    channels = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, path)[0] for i in range(levels)]
     if not channels or base % 32 or any(count % base for count in channels):
         raise CheckpointError(
             f"{path}: encoder channels {[base, *channels]} are no LlamaGen tokenizer's: give a vq_*.pt file"
@@ -213,10 +187,10 @@ def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     return {
         "codebook_size": codes,
         "codebook_dim": code_dim,
-        "latent_channels": _shape(state, "encoder.conv_out.weight", 4, path)[0],
+        "latent_channels": shape_of(state, "encoder.conv_out.weight", 4, path)[0],
         "base_channels": base,
         "channel_multiplier": tuple(count // base for count in channels),
-        "num_res_blocks": _count(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "num_res_blocks": count_indices(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
     }
 
 
@@ -249,43 +223,7 @@ def save_vq(vq: VQTokenizer, path: str | Path) -> None:
         raise InputError("the published layout has norm_groups 32 and patch_size 1: use save_pretrained")
     ours = vq.state_dict()
     state = {key: ours[name].detach().cpu().contiguous() for key, (name,) in _vq_layout(vq).items()}
-    _write(state | {_CODES_USED: torch.zeros(65536)}, Path(path))
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        # a mapped file costs no memory for what is not copied: optimiser states, exponential averages
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _write(state: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(state, partial)
-        else:
-            torch.save({"model": state}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest index that ``pattern`` captures among the keys; 0 if it matches none."""
-    return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
-
-
-def _shape(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> tuple[int, ...]:
-    if key not in state:
-        raise CheckpointError(f"{path} is not a LlamaGen file of this kind: {key} is missing, give another file")
-    if state[key].ndim != ndim:
-        raise CheckpointError(
-            f"{path}: {key} has shape {list(state[key].shape)}, expected {ndim} axes: give an upstream file"
-        )
-    return tuple(state[key].shape)
+    write_state_dict(state | {_CODES_USED: torch.zeros(65536)}, path, "model")
 
 
 def _grid_of_name(name: str) -> int:
@@ -314,22 +252,11 @@ def _vq_layout(vq: VQTokenizer) -> Layout:
 
 
 def _check(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, path: str | Path) -> None:
-    def listed(keys: Iterable[str]) -> str:
-        names = sorted(keys)
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-    missing, unexpected = layout.keys() - state.keys(), state.keys() - layout.keys()
-    problems = [f"{what} {listed(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
-    if problems:
-        raise CheckpointError(f"{path} does not have LlamaGen's keys ({'; '.join(problems)}): give an upstream weight file")
+    check_keys(state, layout, path, "LlamaGen")
     ours = model.state_dict()
-    for key, names in layout.items():
-        found = list(state[key].shape)
-        expected = [sum(len(ours[name]) for name in names), *ours[names[0]].shape[1:]]
-        if found != expected:
-            raise CheckpointError(f"{path}: {key} has shape {found}, expected {expected}: give an upstream weight file")
-        if not state[key].is_floating_point():
-            raise CheckpointError(f"{path}: {key} has dtype {state[key].dtype}: give the weights in floating point")
+    parts = {key: [ours[name] for name in names] for key, names in layout.items()}
+    shapes = {key: [sum(map(len, tensors)), *tensors[0].shape[1:]] for key, tensors in parts.items()}
+    check_tensors(state, shapes, path)
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor], layout: Layout, dtype: torch.dtype, heads: int = 1) -> None:
@@ -340,17 +267,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor], layout: Layout, dtype: t
         parts = state.pop(key).detach().split([len(ours[name]) for name in names])
         if len(parts) == 3:
             kv_heads = heads * len(parts[1]) // len(parts[0])
-            parts = (_to_half(parts[0], heads), _to_half(parts[1], kv_heads), parts[2])
+            parts = (to_half(parts[0], heads), to_half(parts[1], kv_heads), parts[2])
         for name, part in zip(names, parts, strict=True):
             copies[name] = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(copies, assign=True)
-
-
-def _to_half(weight: Tensor, heads: int) -> Tensor:
-    """Rows per head from pairs (2j, 2j + 1) to pairs (j, j + d/2), as transformers rotates them; [heads * d, D]."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Inverse of :func:`_to_half`."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
