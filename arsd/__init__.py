@@ -17,9 +17,13 @@ _LAZY = {
     "ArsdError": "arsd.errors",
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
+    "CoolSD": "arsd.decoding.relaxed_strategies",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
+    "GroupedSD": "arsd.decoding.relaxed_strategies",
     "Hybrid": "arsd.decoding.model_strategies",
+    "Lantern": "arsd.decoding.relaxed_strategies",
+    "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
     "SJD": "arsd.decoding.strategies",
@@ -37,6 +41,7 @@ __all__ = sorted(_LAZY)
 if TYPE_CHECKING:
     from arsd.decoding.model_strategies import Eagle, Hybrid
     from arsd.decoding.registry import register_drafter, register_rule
+    from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus
     from arsd.decoding.small_ar import SmallARDrafter
     from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy

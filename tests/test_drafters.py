@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 import torch
-from test_pipeline import hushed
-from tiny_pipeline import TOKENS, class_pipeline, codes, one_clear_line, seeded, text_pipeline, tiny_transformer
+from drafting import PROMPTS, decoded, drafting, inputs
+from tiny_pipeline import TOKENS, class_pipeline, codes, hushed, one_clear_line, seeded, text_pipeline, tiny_transformer
 from torch import Tensor
 from torch.nn import functional as F
 
 import arsd
 from arsd import EagleDrafter
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DraftModel
-from arsd.errors import ArsdError, DataError, InputError, StrategyError
+from arsd.errors import ArsdError, InputError, StrategyError
 from arsd.models.eagle_draft import EagleDraftModel
-from arsd.training import drafter as training
-from arsd.training.drafter import DrafterLoss, DrafterTask, run_mask
-
-PROMPTS = ["red apple", "green pear dog face blue heart", "dog face", "blue heart"]  # the second fills its slots
-
-
-def eagle(pipe: arsd.LlamaGenPipeline, seed: int = 3) -> EagleDrafter:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return EagleDrafter.for_transformer(pipe.transformer.lm).eval().to(pipe.transformer.dtype)
-
-
-def drafting(pipe: arsd.LlamaGenPipeline, drafter: Any = None) -> arsd.LlamaGenPipeline:
-    pipe.register_modules(drafter=drafter if drafter is not None else eagle(pipe))
-    return hushed(pipe)
+from arsd.training.drafter import DrafterLoss, DrafterTask
 
 
 @pytest.fixture(scope="module", params=["text", "class"])
 def pipe(request) -> arsd.LlamaGenPipeline:
     return drafting(text_pipeline() if request.param == "text" else class_pipeline())
-
-
-def inputs(pipe: arsd.LlamaGenPipeline) -> dict[str, Any]:
-    return {"prompt": PROMPTS} if pipe.text_encoder is not None else {"class_labels": [0, 1, 2, 3]}
 
 
 # ---------------------------------------------------------------- EAGLE at work is EAGLE in training
@@ -49,22 +29,6 @@ def inputs(pipe: arsd.LlamaGenPipeline) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def double() -> arsd.LlamaGenPipeline:
     return drafting(text_pipeline().to(torch.float64))
-
-
-def decoded(pipe: arsd.LlamaGenPipeline) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """(tokens, condition, padding, target that has read them all and kept its features)."""
-    tokens = codes(pipe, PROMPTS)
-    condition, padding, _ = pipe.encode_inputs(PROMPTS)
-    target = pipe.target_maker(condition, padding)(4, len(PROMPTS))
-    target.keep_features()
-    with torch.inference_mode():
-        target.prefill([-target.unread] * len(tokens), 4)
-        for n in range(0, TOKENS, 4):
-            lengths = torch.full((len(tokens),), n)
-            target.rollback(lengths)
-            fed = F.pad(tokens, (1, 0))[:, n : n + 4]
-            target.forward(fed, lengths, lengths.tolist())
-    return tokens, condition, padding, target
 
 
 def draft_model(pipe: arsd.LlamaGenPipeline, condition: Tensor, padding: Tensor, window: int = 5) -> EagleDraftModel:
@@ -239,87 +203,40 @@ def test_the_protocol_is_kept(double):
     assert all(callable(getattr(model, name)) for name in ("begin", "catch_up", "extend", "join"))
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- trees of EAGLE's guesses
 
 
-def test_each_run_reads_true_features_as_far_as_a_chain_has_them():
-    """The mask of run 2 at slot 4: true features of slots 0..2, then slot 3 of run 1 and slot 4 of run 2."""
-    bias = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
-    seen = (run_mask(bias, 2)[0, 0] == 0).unflatten(1, (3, 5))
-    expected = torch.zeros(3, 5, dtype=torch.bool)
-    expected[0, :3] = expected[1, 3] = expected[2, 4] = True
-    assert torch.equal(seen[4], expected)
-    assert torch.equal(run_mask(bias, 0), bias)
+def test_a_node_of_a_tree_reads_what_a_chain_to_it_reads(double):
+    """Logits behind every node with children, against the chain that ends there."""
+    tokens, condition, padding, target = decoded(double)
+    tree = TreeShape.parse("3x2.1.2x1")
+    guesses = torch.randint(0, 32, (4, len(tree.parents)), generator=seeded(4))
+    with torch.inference_mode():
+        branched, straight = draft_model(double, condition, padding, tree.columns), draft_model(double, condition, padding)
+        for model in (branched, straight):
+            model.begin(target)
+        for n in (0, 1, 5, 9):
+            read = max(0, n - 3)
+            fed = F.pad(tokens, (1, 8))[:, read : read + 5]
+            past = (fed, [read] * 4, [n - read] * 4)
+            branched.catch_up(*past)
+            for depth in range(1, tree.depth):
+                level = [column for column in tree.level(depth)]
+                logits = branched.extend_tree(guesses[:, [column - 1 for column in level]], tree, depth)
+                for place, column in enumerate(c for c in level if tree.counts[c]):
+                    path = [column]
+                    while tree.parents[path[0] - 1]:
+                        path.insert(0, tree.parents[path[0] - 1])
+                    straight.catch_up(*past)
+                    for node in path:
+                        expected = straight.extend(guesses[:, node - 1])
+                    torch.testing.assert_close(logits[:, :, place], expected, rtol=0, atol=1e-9)
 
 
-def test_the_guided_loss_uses_the_guidance_formula_of_decoding(double):
-    """u + s (c - u), on the very logits that decoding sees."""
-    tokens, _, _, _ = decoded(double)
-    task = DrafterTask(double, DrafterLoss(depth=1))
-    embeds, features, _ = task.teach(PROMPTS, tokens)
-    first = embeds.shape[1] - TOKENS
-    logits = double.transformer.lm.lm_head(features[:, first:]).unflatten(0, (2, -1))
-    law = task.laws(logits, torch.arange(TOKENS).expand(len(PROMPTS), -1))
-    torch.testing.assert_close(task._law(features[:, first:]), law.log_probs.float(), rtol=0, atol=1e-5)
-
-
-def test_acceptance_is_that_of_speculative_sampling(double):
-    """1 - TV(p, q), by hand; unguided laws are those of each stream."""
-    tokens, _, _, _ = decoded(double)
-    lesson = DrafterTask(double, DrafterLoss(depth=1)).teach(PROMPTS, tokens)
-    head, first = double.transformer.lm.lm_head, lesson[0].shape[1] - TOKENS
-    task = DrafterTask(double, DrafterLoss(depth=1, guided=False))
-    _, accepted = task(double.drafter, *lesson)
-    guessed = next(task.runs(double.drafter, *lesson))
-    p, q = (torch.softmax(head(h[:, first:]).float(), -1) for h in (lesson[1], guessed))
-    torch.testing.assert_close(accepted[0], 1 - (p - q).abs().sum(-1).mean() / 2, rtol=0, atol=1e-5)
-
-
-@pytest.fixture
-def captions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "training_captions", lambda: PROMPTS)
-    monkeypatch.setattr(training, "held_out_captions", lambda: PROMPTS[:2])
-    monkeypatch.setattr(training, "HELD_OUT_PICTURES", 4)
-
-
-def test_training_draws_pictures_learns_and_resumes(tmp_path, captions, capsys):
-    pipe = hushed(text_pipeline())
-    options = {"pictures": 40, "batch": 4, "loss": DrafterLoss(depth=2), "save_minutes": 0.02}
-    training.train_drafter(pipe, tmp_path, minutes=0.1, **options)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    drafter = training.train_drafter(pipe, tmp_path, minutes=0.25, **options)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > state["step"] > 0
-    assert capsys.readouterr().out.count("of 40 pictures drawn") == 2  # once: they are kept
-    held_out = [json.loads(line)["held_out"] for line in (tmp_path / "log.jsonl").open() if "held_out" in line]
-    assert held_out[-1][0] > held_out[0][0]
-    training.ship_drafter(drafter, tmp_path / "drafter")
-    size = (tmp_path / "drafter/diffusion_pytorch_model.safetensors").stat().st_size
-    assert size < 2.1 * drafter.num_parameters() and isinstance(
-        EagleDrafter.from_pretrained(tmp_path / "drafter"), EagleDrafter
-    )
-    plain = codes(pipe, PROMPTS, decoder="ar")
-    assert torch.equal(codes(drafting(pipe, drafter), PROMPTS, decoder="eagle"), plain)
-
-
-def test_a_drafter_is_added_to_a_pipeline_folder(tmp_path):
-    pipe = text_pipeline()
-    pipe.save_pretrained(tmp_path)
-    training.add_drafter(eagle(pipe), tmp_path)
-    assert isinstance(arsd.AutoARPipeline.from_pretrained(tmp_path).drafter, EagleDrafter)
-    with pytest.raises(DataError, match=r"model_index\.json"):
-        training.add_drafter(eagle(pipe), tmp_path / "elsewhere")
-
-
-def test_mistakes_in_training_are_one_clear_error(tmp_path, captions):
-    pipe = hushed(text_pipeline())
-    for options, says in (({"minutes": 0}, "minutes"), ({"pictures": 0}, "pictures"), ({"batch": 0}, "batch")):
-        with pytest.raises(DataError) as error:
-            training.train_drafter(pipe, tmp_path, **{"minutes": 0.01, "pictures": 4, **options})
-        one_clear_line(error.value, says)
-    for weights in ({"depth": 0}, {"feature": -1.0}, {"feature": 0.0, "cross_entropy": 0.0, "acceptance": 0.0}):
-        with pytest.raises(DataError):
-            DrafterLoss(**weights)
-    (tmp_path / "samples.pt").write_bytes(b"no archive")
-    with pytest.raises(DataError) as error:
-        training.train_drafter(pipe, tmp_path, minutes=0.01, pictures=4)
-    one_clear_line(error.value, "samples.pt")
+@pytest.mark.parametrize("tree", ["3x2x1", "2x2", "chain3"])
+def test_trees_of_eagles_guesses_give_plain_ars_tokens(pipe, tree):
+    plain = codes(pipe, **inputs(pipe), decoder="ar")
+    for size in (None, 3):
+        assert torch.equal(codes(pipe, **inputs(pipe), decoder=f"eagle:tree={tree}", batch_size=size), plain)
+    alone = codes(pipe, **inputs(pipe), decoder=f"eagle:tree={tree},coupling=rejection", batch_size=1)
+    assert torch.equal(codes(pipe, **inputs(pipe), decoder=f"eagle:tree={tree},coupling=rejection"), alone)

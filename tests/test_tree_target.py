@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from arsd.decoding import (
     Laws,
     SeedExactTree,
     Setting,
-    SmallAR,
     TreeDrafter,
     TreeShape,
     build_parts,
@@ -29,7 +29,7 @@ from arsd.decoding import (
     parse_strategy,
 )
 from arsd.decoding.drafters import NoDraft
-from arsd.decoding.tree_drafter import draft_pass_tokens
+from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.trees import tables
 from arsd.decoding.types import Draft, FixedWindow, Parts
 from arsd.errors import StrategyError
@@ -96,8 +96,8 @@ def run(
     noise = CounterNoise(list(range(count)), [0] * count, batch=batch)
     laws = Laws(LawConfig(2.0), grammar)
 
-    def draft_model(pass_tokens: int) -> SmallAR:
-        return SmallAR(target_of(small, pass_tokens, batch))
+    def draft_model(pass_tokens: int) -> SmallARDrafter:
+        return SmallARDrafter(target_of(small, pass_tokens, batch), pass_tokens)
 
     setting = Setting(batch, TOKENS, 4, grammar, noise, torch.device("cpu"), laws=laws, draft_model=draft_model)
     parts = parse_strategy(text).build(setting)
@@ -180,14 +180,19 @@ def test_a_seed_exact_tree_gives_plain_ars_tokens_in_a_queue_of_padded_prompts(p
     assert stats.tokens_per_pass > 1.2 and max(stats.accepted_lengths) > 2 - (tree == "2")
 
 
+def given(model: SmallARDrafter, window: int) -> SmallARDrafter:
+    return model
+
+
 @pytest.mark.parametrize("batch", [2, 7])
 def test_a_seed_exact_tree_on_a_stock_llama_gives_plain_ars_tokens(batch: int):
     grammar, count, tree = Grammar(TOKENS, VOCAB, {5: 3}), len(PROMPTS), TreeShape.parse("3x2x1")
     laws, results = Laws(LawConfig(1.5, top_k=12), grammar), []
     for guesses in (False, True):
         noise = CounterNoise(list(range(count)), [0] * count, batch=batch)
-        small = SmallAR(stock_target(draft_pass_tokens(tree), batch, shaken=0.02))
-        drafter: Any = TreeDrafter(small, tree, laws, batch, TOKENS, coupled=True) if guesses else NoDraft()
+        small = SmallARDrafter(stock_target(tree.columns, batch, shaken=0.02), tree.columns)
+        call = (batch, TOKENS, 4, grammar, noise, torch.device("cpu"), None, laws, None, partial(given, small))
+        drafter: Any = TreeDrafter(Setting(*call), tree) if guesses else NoDraft()
         parts = Parts(drafter, SeedExactTree(), FixedWindow(4 if guesses else 1), tree.columns if guesses else 1)
         request = DecodeRequest(TOKENS, pictures=count)
         results.append(decode(stock_target(parts.pass_tokens, batch), parts, laws, noise, request, batch))
@@ -267,14 +272,14 @@ def test_a_draft_model_that_is_the_target_is_always_right(pipe):
 
 @torch.no_grad()
 def test_small_ar_extends_one_guess_after_another_as_a_plain_pass_does(pipe):
-    model, target = SmallAR(target_of(pipe, 8)), target_of(pipe, 8)
+    model, target = SmallARDrafter(target_of(pipe, 8), 8), target_of(pipe, 8)
     model.begin(target)
     text = torch.randint(0, VOCAB, (len(PROMPTS), 8), generator=torch.Generator().manual_seed(2))
     lengths = torch.zeros(len(PROMPTS), dtype=torch.int64)
     target.prefill([-target.unread] * target.batch, 1)
     target.rollback(lengths)
     expected = target.forward(text, lengths, [0] * target.batch)
-    logits = [model.catch_up(text[:, :3], [0] * target.batch, torch.full_like(lengths, 2))]
+    logits = [model.catch_up(text[:, :3], [0] * target.batch, [2] * target.batch)]
     logits += [model.extend(text[:, n]) for n in range(3, 8)]
     torch.testing.assert_close(torch.stack(logits, 2), expected[:, :, 2:], rtol=0, atol=1e-10)
 
@@ -291,7 +296,7 @@ def test_trees_and_what_cannot_judge_or_share_them(pipe, small):
     setting = Setting(2, TOKENS, 4, pipe.make_grammar(), CounterNoise([0, 0], [0, 1]), torch.device("cpu"))
     with pytest.raises(StrategyError) as error:
         parse_strategy("speculative:drafter=tree,rule=siblings").build(setting)
-    one_clear_line(error.value, "needs a draft model")
+    one_clear_line(error.value, "no drafter")
 
     class Tree(Autoregressive):
         def build(self, setting: Setting) -> Parts:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arsd.decoding import Draft, Laws, Parts, Setting, SiblingSampling, SmallAR, TreeDrafter, TreeShape
+from arsd.decoding import Draft, Laws, Parts, Setting, SiblingSampling, TreeDrafter, TreeShape
+from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import FixedWindow
 from arsd.exactness.tables import Build, TableTarget, World
 
@@ -28,11 +29,9 @@ def tree_build(world: World, tree: str, rule: Callable[[], Any] = SiblingSamplin
 
     def build(setting: Setting) -> Parts:
         made = rule()
-        assert setting.laws is not None
-        model = SmallAR(world.small(setting.batch) if isinstance(world, OneToken) else small_world(world, setting.batch))
-        kind = ChainDrafter if chain else TreeDrafter
-        coupled = not getattr(made, "needs_law", False)
-        drafter = kind(model, shape, setting.laws, setting.batch, setting.num_tokens, coupled=coupled)
+        small = world.small(setting.batch) if isinstance(world, OneToken) else small_world(world, setting.batch)
+        call = replace(setting, rule=made, draft_model=lambda window: SmallARDrafter(small, window))
+        drafter = (ChainDrafter if chain else TreeDrafter)(call, shape)
         return Parts(drafter, made, FixedWindow(shape.depth + 1), shape.columns)
 
     return build

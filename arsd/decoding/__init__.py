@@ -6,15 +6,20 @@ from arsd.decoding.mixed import build_parts
 from arsd.decoding.model_strategies import Eagle, Hybrid
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.registry import register_drafter, register_rule
+from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus
 from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.speculative import Speculative
 from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
-from arsd.decoding.tree_drafter import SmallAR, TreeDrafter
+from arsd.decoding.tree_drafter import TreeDrafter
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
 
 __all__ = [
+    "CoolSD",
+    "GroupedSD",
+    "Lantern",
+    "LanternPlusPlus",
     "SJD",
     "STRATEGIES",
     "Autoregressive",
@@ -36,7 +41,6 @@ __all__ = [
     "SeedExactTree",
     "Setting",
     "SiblingSampling",
-    "SmallAR",
     "Speculative",
     "Step",
     "TreeDrafter",

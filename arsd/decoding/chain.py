@@ -15,56 +15,37 @@ from arsd.decoding.types import Draft, DraftModel, Step, Target, Verdict
 from arsd.errors import StrategyError
 
 
-class ChainDrafter:
-    """Guesses of a draft model under the processors of the target (guidance, temperature, top-k, grammar).
+class ModelDrafter:
+    """What all drafters with a draft model share: it reads what was committed, then makes its guesses.
 
-    For a rule that needs q, a guess is a draw from q with noise of its own. For any other it is argmax(log q + G) with the
-    target's own Gumbel noise, which meets argmax(log p + G) as often as q is like p.
+    Its laws are behind the processors of the target (guidance, temperature, top-k, grammar). For a rule that needs q, a
+    guess is a draw from q with noise of its own. For any other the target's Gumbel noise G decides it: argmax(log q + G)
+    meets argmax(log p + G) as often as q is like p.
 
     Args:
         setting: of the call; needs ``laws`` and ``draft_model``.
-        length: guesses per pass; ``None`` fills the window.
+        window: slots of the target's pass, of which a round may commit all.
+        widest: the longest pass of the draft model; ``None``: the window.
 
     Raises:
-        StrategyError: when there is no draft model, or ``length`` does not fit the window.
+        StrategyError: when there is no draft model.
     """
 
     needs_law = True  # it can give q, and does for a rule that needs it
 
-    def __init__(self, setting: Setting, length: int | None = None) -> None:
+    def __init__(self, setting: Setting, window: int, widest: int | None = None) -> None:
         if setting.draft_model is None or setting.laws is None:
             raise StrategyError("this pipeline has no drafter: load one as the component `drafter`, or use sjd")
-        self.length = setting.window - 1 if length is None else length
-        if not 0 <= self.length < setting.window:
-            raise StrategyError(f"a window of {setting.window} has no room for {length} drafted tokens")
         self.laws, self.needs_law = setting.laws, bool(getattr(setting.rule, "needs_law", False))
-        self.model: DraftModel = setting.draft_model(setting.window)
-        self.window, self.num_tokens = setting.window, setting.num_tokens
-        self.tokens = torch.zeros(
-            setting.batch, setting.num_tokens + 2 * setting.window, dtype=torch.int64, device=setting.device
-        )
+        self.model: DraftModel = setting.draft_model(max(window, widest or window))
+        self.window, self.num_tokens = window, setting.num_tokens
+        self.tokens = torch.zeros(setting.batch, setting.num_tokens + 2 * window, dtype=torch.int64, device=setting.device)
         self.rows = torch.arange(setting.batch, device=setting.device)[:, None]
         self.read = [0] * setting.batch
 
     def begin(self, target: Target) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""
         self.model.begin(target)
-
-    def propose(self, step: Step) -> Draft:
-        """``length`` guesses of every row."""
-        positions = step.positions[:, : self.length]
-        if not self.length:
-            return Draft(positions, self._empty(positions) if self.needs_law else None)
-        logits = self._catch_up(step)
-        laws: list[Law] = []
-        tokens: list[Tensor] = []
-        for j in range(self.length):
-            if j:
-                logits = self.model.extend(tokens[-1][:, 0])
-            law = self.laws(logits[:, :, None], positions[:, j : j + 1])
-            tokens.append(self._draw(step, law, j))
-            laws.append(law)
-        return Draft(torch.cat(tokens, dim=1), torch.cat([law.probs for law in laws], dim=1) if self.needs_law else None)
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Remember the committed tokens."""
@@ -78,22 +59,54 @@ class ChainDrafter:
             self.read[b] = 0
         self.model.join(rows, pictures)
 
-    def _catch_up(self, step: Step) -> Tensor:
-        """Let the model read what was committed since its last guesses, in a pass of the window's width."""
+    def catch_up(self, step: Step) -> Tensor:
+        """Let the model read what was committed since its last guesses; logits [S, B, V] of the next position."""
         reading = set(step.reading)
         # a row of another strategy may be further ahead than a window: it gets no guesses from here, only junk
         first = [max(r, n - self.window + 1) for r, n in zip(self.read, step.starts, strict=True)]
         columns = [0 if b in reading else n - m for b, (n, m) in enumerate(zip(step.starts, first, strict=True))]
         offsets = torch.arange(self.window, device=self.tokens.device)
         index = torch.tensor(first, device=self.tokens.device)[:, None] - 1 + offsets
-        logits = self.model.catch_up(
-            self.tokens[self.rows, index.clamp_min(0)], [-1 if b in reading else m for b, m in enumerate(first)], columns
-        )
-        self.read = [
-            r if b in reading else min(n + 1, self.num_tokens)
-            for b, (r, n) in enumerate(zip(self.read, step.starts, strict=True))
-        ]
+        known = [-1 if b in reading else m for b, m in enumerate(first)]
+        logits = self.model.catch_up(self.tokens[self.rows, index.clamp_min(0)], known, columns)
+        done = [min(n + 1, self.num_tokens) for n in step.starts]
+        self.read = [r if b in reading else d for b, (r, d) in enumerate(zip(self.read, done, strict=True))]
         return logits
+
+
+class ChainDrafter(ModelDrafter):
+    """A chain of guesses.
+
+    Args:
+        setting: of the call; needs ``laws`` and ``draft_model``.
+        length: guesses per pass; ``None`` fills the window.
+
+    Raises:
+        StrategyError: when there is no draft model, or ``length`` does not fit the window.
+    """
+
+    def __init__(self, setting: Setting, length: int | None = None) -> None:
+        super().__init__(setting, setting.window)
+        self.length = self.window - 1 if length is None else length
+        if not 0 <= self.length < self.window:
+            raise StrategyError(f"a window of {self.window} has no room for {length} drafted tokens")
+
+    def propose(self, step: Step) -> Draft:
+        """``length`` guesses of every row."""
+        positions = step.positions[:, : self.length]
+        if not self.length:
+            empty = torch.zeros(*positions.shape, self.laws.grammar.vocab, dtype=torch.float64, device=positions.device)
+            return Draft(positions, empty if self.needs_law else None)
+        logits = self.catch_up(step)
+        laws: list[Law] = []
+        tokens: list[Tensor] = []
+        for j in range(self.length):
+            if j:
+                logits = self.model.extend(tokens[-1][:, 0])
+            law = self.laws(logits[:, :, None], positions[:, j : j + 1])
+            tokens.append(self._draw(step, law, j))
+            laws.append(law)
+        return Draft(torch.cat(tokens, dim=1), torch.cat([law.probs for law in laws], dim=1) if self.needs_law else None)
 
     def _draw(self, step: Step, law: Law, j: int) -> Tensor:
         """Guess j of every row [B, 1]."""
@@ -103,9 +116,6 @@ class ChainDrafter:
             return step.noise.categorical(law.probs, Purpose.REDRAFT, step.positions[:, at], step.iteration, active)
         noise = step.token_gumbel(law.scores.shape[-1], law.scores.dtype)[:, at]
         return (law.scores + noise).argmax(-1)
-
-    def _empty(self, positions: Tensor) -> Tensor:
-        return torch.zeros(*positions.shape, self.laws.grammar.vocab, dtype=torch.float64, device=positions.device)
 
 
 class HybridDrafter:

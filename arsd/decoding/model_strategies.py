@@ -10,7 +10,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from arsd.decoding.chain import ChainDrafter, HybridDrafter
 from arsd.decoding.registry import register_drafter
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole, auto_window
+from arsd.decoding.tree_drafter import TreeDrafter
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
 
@@ -23,17 +26,28 @@ class Eagle(DecodingStrategy):
 
     Args:
         draft_length: guesses per pass.
+        tree: a tree of guesses in the place of the chain, such as ``3x2x1``: children of each node by depth
+            (:class:`arsd.decoding.trees.TreeShape`).
         coupling: ``gumbel``: guesses and tokens share one Gumbel noise per position, and the output equals plain AR token
-            for token. ``rejection``: speculative sampling (Leviathan et al. 2023).
-        pass_tokens: tokens per pass, at least ``draft_length + 1``; ``None`` means that.
+            for token. ``rejection``: speculative sampling (Leviathan et al. 2023), of a tree's siblings one by one.
+        pass_tokens: tokens per pass, at least ``draft_length + 1`` or the columns of the tree; ``None`` means that.
     """
 
     name = "eagle"
-    _RULES: dict[str, type] = {"gumbel": SeedExact, "rejection": RejectionSampling}
+    _RULES: dict[str, tuple[type, type]] = {
+        "gumbel": (SeedExact, SeedExactTree),
+        "rejection": (RejectionSampling, SiblingSampling),
+    }
 
     @register_to_config
-    def __init__(self, draft_length: int = 4, coupling: str = "gumbel", pass_tokens: int | None = None) -> None:
-        check_length(draft_length, pass_tokens)
+    def __init__(
+        self,
+        draft_length: int = 4,
+        coupling: str = "gumbel",
+        tree: str | int | None = None,
+        pass_tokens: int | None = None,
+    ) -> None:
+        check_length(draft_length, pass_tokens, tree)
         if coupling not in self._RULES:
             raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._RULES)}")
 
@@ -44,8 +58,10 @@ class Eagle(DecodingStrategy):
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
-        rule: Rule = self._RULES[self.config["coupling"]]()
-        return chain_parts(setting, rule, self.config["draft_length"], self.config["pass_tokens"])
+        for_chains, for_trees = self._RULES[self.config["coupling"]]
+        if self.config["tree"] is not None:
+            return tree_parts(setting, for_trees(), self.config["tree"], self.config["pass_tokens"])
+        return chain_parts(setting, for_chains(), self.config["draft_length"], self.config["pass_tokens"])
 
 
 class Hybrid(DecodingStrategy):
@@ -84,11 +100,14 @@ class Hybrid(DecodingStrategy):
         return Parts(drafter, rule, FixedWindow(window), self.config["pass_tokens"] or window)
 
 
-def check_length(draft_length: int, pass_tokens: int | None) -> None:
+def check_length(draft_length: int, pass_tokens: int | None, tree: str | int | None = None) -> None:
     """Raise StrategyError for lengths that make no sense."""
     _whole("draft_length", draft_length, 1)
-    if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < draft_length + 1:
-        raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least draft_length + 1 ({draft_length + 1})")
+    least, what = draft_length + 1, "draft_length + 1"
+    if tree is not None:
+        least, what = TreeShape.parse(tree).columns, f"the columns of tree {tree}"
+    if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < least:
+        raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least {what} ({least})")
 
 
 def chain_parts(setting: Setting, rule: Rule, draft_length: int, pass_tokens: int | None) -> Parts:
@@ -96,6 +115,12 @@ def chain_parts(setting: Setting, rule: Rule, draft_length: int, pass_tokens: in
     window = draft_length + 1
     drafter = ChainDrafter(replace(setting, window=window, rule=rule))
     return Parts(drafter, rule, FixedWindow(window), pass_tokens or window)
+
+
+def tree_parts(setting: Setting, rule: Rule, tree: str | int, pass_tokens: int | None) -> Parts:
+    """A tree of the draft model's guesses under a rule that judges trees."""
+    drafter = TreeDrafter(replace(setting, rule=rule), str(tree))
+    return Parts(drafter, rule, FixedWindow(drafter.tree.depth + 1), pass_tokens or drafter.tree.columns)
 
 
 STRATEGIES.update({cls.name: cls for cls in (Eagle, Hybrid)})

@@ -11,10 +11,13 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
 
-from arsd.decoding.model_strategies import chain_parts, check_length
+from arsd.decoding.model_strategies import chain_parts, check_length, tree_parts
 from arsd.decoding.registry import bound, find_rule, made_rule
+from arsd.decoding.relaxed import CoolSDRule
+from arsd.decoding.siblings import SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
 from arsd.decoding.types import Parts
+from arsd.errors import StrategyError
 
 
 class RelaxedStrategy(DecodingStrategy):
@@ -30,7 +33,7 @@ class RelaxedStrategy(DecodingStrategy):
 
     @property
     def _options(self) -> dict[str, Any]:
-        own = ("draft_length", "pass_tokens")
+        own = ("draft_length", "pass_tokens", "tree")
         return {k: v for k, v in self.config.items() if not k.startswith("_") and k not in own}
 
     @property
@@ -40,7 +43,7 @@ class RelaxedStrategy(DecodingStrategy):
 
     def _check(self) -> None:
         """Raise StrategyError for options that do not fit."""
-        check_length(self.config["draft_length"], self.config["pass_tokens"])
+        check_length(self.config["draft_length"], self.config["pass_tokens"], self.config.get("tree"))
         made_rule(find_rule(self.rule_name), self._options)
 
     def build(self, setting: Setting) -> Parts:
@@ -54,7 +57,9 @@ class CoolSD(RelaxedStrategy):
 
     Args: those of :class:`arsd.decoding.relaxed.CoolSDRule`, and
         draft_length: guesses per pass.
-        pass_tokens: tokens per pass, at least ``draft_length + 1``; ``None`` means that.
+        tree: a tree of guesses in the place of the chain, as for :class:`arsd.Eagle`; the factors are then those of the
+            depths, and there can be no budget.
+        pass_tokens: tokens per pass, at least ``draft_length + 1`` or the columns of the tree; ``None`` means that.
     """
 
     name = rule_name = "cool-sd"
@@ -68,9 +73,19 @@ class CoolSD(RelaxedStrategy):
         normalize: str = "mean",
         floor: float = 0.0,
         budget: float | None = None,
+        tree: str | int | None = None,
         pass_tokens: int | None = None,
     ) -> None:
         self._check()
+        if tree is not None and budget is not None:
+            raise StrategyError("a budget is kept on chains only: leave out tree or budget")
+
+    def build(self, setting: Setting) -> Parts:
+        """See :class:`DecodingStrategy`."""
+        if self.config["tree"] is None:
+            return super().build(setting)
+        schedule = CoolSDRule(**self._options).schedule
+        return tree_parts(setting, SiblingSampling(schedule), self.config["tree"], self.config["pass_tokens"])
 
 
 class Lantern(RelaxedStrategy):

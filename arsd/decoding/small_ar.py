@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arsd.decoding.trees import TreeShape, parents_of
 from arsd.decoding.types import Target
 from arsd.errors import InputError
 
@@ -54,10 +55,22 @@ class SmallARDrafter:
         self.fresh |= set(rows)
         self.model.join(rows, pictures)
 
+    def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int) -> Tensor:
+        """See :class:`arsd.decoding.types.TreeDraftModel`: all levels so far once more, in a pass that grows."""
+        if depth == 1:
+            self.length = [n - 1 for n in self.starts]  # the last committed token is column 0
+            self.grown = self.last
+        self.grown = torch.cat([self.grown, tokens], 1)
+        lengths = torch.tensor(self.length, device=self.model.device)
+        self.model.rollback(lengths)
+        logits = self.model.forward(self.grown, lengths, self.length, tree.head(self.grown.shape[1]))
+        return logits[:, :, parents_of(tree, depth, logits.device)]
+
     def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
         lengths = torch.tensor(starts, device=self.model.device)
         self.model.rollback(lengths)
         logits = self.model.forward(tokens, lengths, starts)
         self.starts = [n + c + 1 for n, c in zip(starts, columns, strict=True)]
-        chosen = torch.tensor(columns, device=logits.device)
-        return logits[:, torch.arange(len(starts), device=logits.device), chosen]
+        chosen, rows = torch.tensor(columns, device=logits.device), torch.arange(len(starts), device=logits.device)
+        self.last = tokens[rows, chosen][:, None]
+        return logits[:, rows, chosen]

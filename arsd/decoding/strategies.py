@@ -232,7 +232,7 @@ class SJD(DecodingStrategy):
 
 def _rule_of(strategy: DecodingStrategy) -> str:
     """The rule that a strategy names."""
-    rule = strategy.config.get("rule")
+    rule = strategy.config["rule"] if "rule" in strategy.config else getattr(strategy, "rule", None)
     if not isinstance(rule, str):
         raise StrategyError(f"acceptance must name a rule, and {str(strategy)!r} has none: write name:key=value:key=value")
     return rule

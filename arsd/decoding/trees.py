@@ -250,3 +250,10 @@ def refuse_trees(drafters: Iterable[Any]) -> None:
     """
     if any(getattr(drafter, "tree", None) is not None for drafter in drafters):
         raise StrategyError("a tree of guesses has a pass of its own: it cannot share a batch with other strategies")
+
+
+@lru_cache(maxsize=256)
+def parents_of(tree: TreeShape, depth: int, device: torch.device) -> Tensor:
+    """[f] the columns of this depth that have children."""
+    with torch.inference_mode(False):
+        return torch.tensor([column for column in tree.level(depth) if tree.counts[column]], device=device)

@@ -204,14 +204,13 @@ class DraftModel(Protocol):
 class TreeDraftModel(DraftModel, Protocol):
     """A small model that can read several guesses for the same position."""
 
-    def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int, starts: list[int]) -> Tensor:
+    def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int) -> Tensor:
         """Read the nodes of one level after those of all levels above it, which follow a :meth:`catch_up`.
 
         Args:
             tokens: [B, n] tokens of the columns ``tree.level(depth)``.
             tree: which node follows which; each sees its ancestors only.
             depth: 1, 2, ... up to ``tree.depth - 1``.
-            starts: committed lengths, on the host.
 
         Returns:
             Logits [S, B, f, V] of the position behind each node of the level that has children.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arsd.decoding.small_ar import SmallARDrafter
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import Target
 from arsd.errors import InputError
 from arsd.models.eagle import EagleDrafter
@@ -69,15 +70,30 @@ class EagleDraftModel(SmallARDrafter):
             raise InputError("an EAGLE drafter needs a target that keeps its features")
         self.model.source = target.keep_features()
 
-    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
-        logits = super()._pass(tokens, starts, columns)
-        self.model.keep_guess(columns)
-        return logits
-
     def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
         """See :class:`arsd.decoding.types.DraftModel`: on the target's own features."""
-        self.model.guess = None
-        return super().catch_up(tokens, read, columns)
+        self.model.given = None
+        logits = super().catch_up(tokens, read, columns)
+        self.root = self._at(self.model.fed, columns)
+        return logits
+
+    def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int) -> Tensor:
+        """See :class:`arsd.decoding.types.TreeDraftModel`: every node reads the predicted feature of its parent."""
+        guessed = self.model.given if depth == 1 else self.model.predicted
+        assert guessed is not None
+        known = sum(len(tree.level(d)) for d in range(1, depth + 1))
+        self.model.given = torch.cat([self.root, guessed[:, list(tree.parents[:known])]], dim=1)
+        return super().extend_tree(tokens, tree, depth)
+
+    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
+        logits = super()._pass(tokens, starts, columns)
+        self.model.given = self._at(self.model.predicted, columns)  # stands for the feature of the last token's slot
+        return logits
+
+    def _at(self, features: Tensor, columns: list[int]) -> Tensor:
+        """[S * B, 1, D] of one column of each row."""
+        at = torch.tensor(columns, device=features.device).repeat(self.model.streams)
+        return features[torch.arange(len(at), device=features.device), at][:, None]
 
 
 def _check_fit(drafter: EagleDrafter, rotary: nn.Module, head: nn.Module, condition: Tensor) -> None:
@@ -116,25 +132,24 @@ class _EagleTarget(DecoderTarget):
 
     Attributes:
         source: features of the target [S * B, slots, D].
-        guess: [S * B, 1, D] predicted feature of the slot before, where the target's own is not known yet.
+        given: [S * B, T, D] features for the next pass, in the place of the target's own.
+        fed: [S * B, T, D] features of the last pass.
+        predicted: [S * B, T, D] what came of them.
     """
 
     source: Tensor
-    guess: Tensor | None = None
+    fed: Tensor
+    predicted: Tensor
+    given: Tensor | None = None
 
-    def keep_guess(self, columns: list[int]) -> None:
-        """What the last pass predicted in ``columns`` stands for the feature of that slot."""
-        at = torch.tensor(columns, device=self.device).repeat(self.streams)
-        self.guess = self._predicted[torch.arange(len(at), device=self.device), at][:, None]
-
-    def _run(self, embeds: Tensor, idle: Tensor | None = None, attended: int | None = None) -> Tensor:
-        both = torch.cat([embeds.reshape(-1, *embeds.shape[2:]), self._features(embeds.shape[2])], dim=-1)
-        self._predicted = super()._run(both[None], idle, attended)
-        return self._predicted
+    def _pass(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        embeds = embeds.reshape(-1, *embeds.shape[2:])
+        self.fed = self._features(embeds.shape[1]) if self.given is None else self.given
+        self.predicted = super()._pass(torch.cat([embeds, self.fed], dim=-1)[None], positions, mask)
+        return self.predicted
 
     def _features(self, width: int) -> Tensor:
-        if self.guess is not None:
-            return self.guess
+        """The target's own features of the slots before those that a chain of ``width`` tokens takes."""
         lengths = self.cache.lengths[:, None]
         before = lengths + torch.arange(width, device=self.device) - 1
         rows = torch.arange(len(lengths), device=self.device)[:, None]
