@@ -94,7 +94,9 @@ def test_a_row_that_still_reads_its_condition_waits(double):
 # ---------------------------------------------------------------- the drafter does not show
 
 
-@pytest.mark.parametrize("decoder", ["eagle", "eagle:draft_length=1", "eagle:draft_length=9", "hybrid:window=8"])
+@pytest.mark.parametrize(
+    "decoder", ["eagle", "eagle:draft_length=1", "eagle:draft_length=9", "hybrid:window=8", "hybrid:weight=none,window=8"]
+)
 def test_plain_ars_tokens_whatever_the_drafter(pipe, decoder):
     plain = codes(pipe, **inputs(pipe), decoder="ar")
     assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoder), plain)
@@ -120,6 +122,28 @@ def test_a_drafter_that_knows_the_answer_is_always_right():
         for size in (None, 3):
             out = pipe(PROMPTS, generator=seeded(0), decoder=decoder, batch_size=size, output_type="latent")
             assert out.stats.tokens_per_pass == 4 and out.stats.row_passes == [4] * 4
+
+
+def test_the_weight_of_a_hybrid_goes_from_the_jacobi_iterate_to_the_models_guess(pipe):
+    """With none on the model, a guess is what the last pass gave its position; with all, here the target, always right."""
+    call = {"generator": seeded(0), "output_type": "latent", "trace": True}
+    rounds = pipe(**inputs(pipe), decoder="hybrid:draft_length=4,weight=0,window=6", **call).trace
+    compared = 0
+    for before, now in itertools.pairwise(rounds):
+        for row in range(4):
+            first, committed = int(before.positions[row, 0]), before.counts[row]
+            iterates = before.tokens[row, committed:][: TOKENS - first - committed]
+            if committed:
+                assert torch.equal(now.drafts[row, : len(iterates)], iterates[: now.drafts.shape[1]])
+                compared += len(iterates)
+    assert compared > 50
+    mine, pipe.drafter = pipe.drafter, pipe.transformer
+    try:
+        for decoder in ("hybrid:draft_length=3,weight=none,window=4", "hybrid:draft_length=3,weight=1e6,window=4"):
+            out = pipe(**inputs(pipe), decoder=decoder, generator=seeded(0), batch_size=3, output_type="latent")
+            assert out.stats.row_passes == [4] * 4
+    finally:
+        pipe.drafter = mine
 
 
 def test_a_smaller_model_of_the_same_codes_drafts(pipe):
@@ -182,6 +206,7 @@ def test_a_drafter_of_another_model_is_refused():
         ("eagle:coupling=none", "coupling"),
         ("hybrid:draft_length=8,window=8", "window"),
         ("hybrid:init=middle", "init"),
+        ("hybrid:weight=-1", "weight"),
         ("hybrid:window=8,pass_tokens=4", "pass_tokens"),
     ],
 )

@@ -114,24 +114,33 @@ class ChainDrafter(ModelDrafter):
         if self.needs_law:
             active = step.active[:, at]
             return step.noise.categorical(law.probs, Purpose.REDRAFT, step.positions[:, at], step.iteration, active)
-        noise = step.token_gumbel(law.scores.shape[-1], law.scores.dtype)[:, at]
-        return (law.scores + noise).argmax(-1)
+        scores = self._scores(step, law, j)
+        return (scores + step.token_gumbel(scores.shape[-1], scores.dtype)[:, at]).argmax(-1)
+
+    def _scores(self, step: Step, law: Law, j: int) -> Tensor:
+        """Log-weights [B, 1, V] of guess j, before the noise."""
+        return law.scores
 
 
 class HybridDrafter:
     """A model's guesses at the front of the window, Jacobi iterates behind them. For rules that take any guess as it is.
 
+    What the target's last pass said of a position is seldom useless, even if it read a wrong token on the way. So the front
+    is the arg-max of log p' + weight log q + G, where p' is the law of the last pass, if the position was in its window:
+    with weight 0 that is the Jacobi iterate, with a large one the model's own guess.
+
     Args:
         setting: of the call.
         length: guesses of the model.
+        weight: of the model's law against that of the last pass; ``None`` leaves out the latter.
         init: what a Jacobi slot holds when it enters the window.
     """
 
     needs_law = False
 
-    def __init__(self, setting: Setting, length: int = 4, init: str = "uniform") -> None:
+    def __init__(self, setting: Setting, length: int = 4, weight: float | None = 0.25, init: str = "uniform") -> None:
         call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
-        self.front = ChainDrafter(replace(setting, rule=None), min(length, setting.window - 1))
+        self.front = _Front(replace(setting, rule=None), min(length, setting.window - 1), weight)
         self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device)
 
     def begin(self, target: Target) -> None:
@@ -152,3 +161,37 @@ class HybridDrafter:
         """See :class:`arsd.decoding.types.Drafter`."""
         self.front.join(rows, pictures)
         self.rest.join(rows, pictures)
+
+
+class _Front(ChainDrafter):
+    """A chain whose guesses also weigh what the target's last pass said of their positions."""
+
+    LEAST = -20.0  # log q of an id that the model excludes, wrongly perhaps
+    NOWHERE = 1 << 40  # the first position of a row without a last pass
+
+    def __init__(self, setting: Setting, length: int, weight: float | None) -> None:
+        super().__init__(setting, length)
+        self.weight = weight
+        self.last: tuple[Tensor, Tensor] | None = None  # (first position [B], log p [B, W, V]) of the last pass
+
+    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
+        """Remember the law as well."""
+        super().observe(step, law, verdict, lengths)
+        if self.weight is not None:
+            self.last = (torch.where(step.width > 0, step.positions[:, 0], self.NOWHERE), law.log_probs)
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Forget the law as well."""
+        super().join(rows, pictures)
+        if self.last is not None:
+            self.last[0][rows] = self.NOWHERE
+
+    def _scores(self, step: Step, law: Law, j: int) -> Tensor:
+        if self.last is None or self.weight is None:
+            return law.scores
+        first, log_p = self.last
+        offset = step.positions[:, j : j + 1] - first[:, None]
+        known = (offset >= 0) & (offset < log_p.shape[1])
+        before = log_p[self.rows, offset.clamp(0, log_p.shape[1] - 1)]
+        mixed = before + self.weight * law.log_probs.clamp_min(self.LEAST)
+        return torch.where(known[..., None], mixed, law.scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
@@ -71,6 +72,8 @@ class Hybrid(DecodingStrategy):
 
     Args:
         draft_length: guesses of the draft model per pass.
+        weight: of the draft model's law against what the last pass said of a position; ``None`` leaves out the latter
+            (:class:`arsd.decoding.chain.HybridDrafter`).
         window: slots per pass, more than ``draft_length``; ``auto`` as for :class:`SJD`.
         init: what a Jacobi slot holds when it enters the window, as for :class:`SJD`.
         pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``.
@@ -80,9 +83,18 @@ class Hybrid(DecodingStrategy):
 
     @register_to_config
     def __init__(
-        self, draft_length: int = 4, window: int | str = "auto", init: str = "uniform", pass_tokens: int | None = None
+        self,
+        draft_length: int = 4,
+        weight: float | None = 0.25,
+        window: int | str = "auto",
+        init: str = "uniform",
+        pass_tokens: int | None = None,
     ) -> None:
         _whole("draft_length", draft_length, 1)
+        if weight is not None and (
+            isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < inf
+        ):
+            raise StrategyError(f"weight must be a number >= 0 or none, not {weight!r}")
         if window != "auto" and _whole("window", window, 2) <= draft_length:
             raise StrategyError(f"window ({window}) must be more than draft_length ({draft_length})")
         if pass_tokens is not None:
@@ -96,7 +108,8 @@ class Hybrid(DecodingStrategy):
             auto_window(self.config["window"], self.config["pass_tokens"], setting), self.config["draft_length"] + 1
         )
         rule = SeedExact()
-        drafter = HybridDrafter(replace(setting, window=window, rule=rule), self.config["draft_length"], self.config["init"])
+        options = (self.config["draft_length"], self.config["weight"], self.config["init"])
+        drafter = HybridDrafter(replace(setting, window=window, rule=rule), *options)
         return Parts(drafter, rule, FixedWindow(window), self.config["pass_tokens"] or window)
 
 
