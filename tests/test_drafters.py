@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from drafting import PROMPTS, decoded, drafting, inputs

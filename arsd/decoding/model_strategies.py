@@ -91,9 +91,7 @@ class Hybrid(DecodingStrategy):
         pass_tokens: int | None = None,
     ) -> None:
         _whole("draft_length", draft_length, 1)
-        if weight is not None and (
-            isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < inf
-        ):
+        if weight is not None and (isinstance(weight, (bool, str)) or not 0 <= weight < inf):
             raise StrategyError(f"weight must be a number >= 0 or none, not {weight!r}")
         if window != "auto" and _whole("window", window, 2) <= draft_length:
             raise StrategyError(f"window ({window}) must be more than draft_length ({draft_length})")
