@@ -55,7 +55,9 @@ def speed_steps(model: str, device: torch.device, tokens: int) -> list[tuple[str
         tables.costs(load(model, device, dtype), options(batches=[1, 4, 8], **common))
 
     def rounds() -> None:
-        tables.rounds(load(model, device, dtype), options(batches=[1, 4], **common))
+        names = ["ar", "sjd:window=32", "eagle:draft_length=4", "cool-sd:budget=4", "hybrid:window=32"]
+        wanted = options(batches=[1, 4], **{**common, "decoders": names})
+        tables.rounds(load(model, device, dtype), wanted)
 
     return [
         (f"{model}: pass costs", costs),

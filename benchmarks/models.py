@@ -57,8 +57,20 @@ def make_model(size: Size, device: str | torch.device, dtype: torch.dtype) -> ar
         torch.set_default_dtype(previous)
 
 
+def make_drafter(model: arsd.LlamaGenTransformer) -> arsd.EagleDrafter:
+    """An EAGLE drafter of the model's size, with random weights."""
+    torch.manual_seed(1)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device(model.device):
+            return arsd.EagleDrafter.for_transformer(model.lm).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
 def load(model: str, device: str | torch.device, dtype: torch.dtype, grid: int | None = None) -> Any:
-    """A pipeline: random weights for a name in :data:`RANDOM`, else what ``AutoARPipeline`` finds under the name.
+    """A pipeline: random weights (and drafter) for a name in :data:`RANDOM`, else what ``AutoARPipeline`` finds under the name.
 
     Args:
         model: a name.
@@ -70,7 +82,9 @@ def load(model: str, device: str | torch.device, dtype: torch.dtype, grid: int |
         size = RANDOM[model] if grid is None else {**RANDOM[model], "grid": grid}
         vq = VQTokenizer(size["vocab_size"], 8, 32, 32, [1, 1], 1, 8)  # no pixels are drawn: any tokenizer will do
         with quiet():
-            pipe = arsd.LlamaGenPipeline(make_model(size, device, dtype), vq.eval().to(device, dtype))
+            transformer = make_model(size, device, dtype)
+            drafter = make_drafter(transformer)
+            pipe = arsd.LlamaGenPipeline(transformer, vq.eval().to(device, dtype), drafter=drafter)
     else:
         with quiet():
             pipe = arsd.AutoARPipeline.from_pretrained(model, dtype=dtype).to(device)
