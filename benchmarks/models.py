@@ -70,7 +70,7 @@ def make_drafter(model: arsd.LlamaGenTransformer) -> arsd.EagleDrafter:
 
 
 def load(model: str, device: str | torch.device, dtype: torch.dtype, grid: int | None = None) -> Any:
-    """A pipeline: random weights (and drafter) for a name in :data:`RANDOM`, else what ``AutoARPipeline`` finds under the name.
+    """A pipeline: random weights and drafter for a name in :data:`RANDOM`, else what ``AutoARPipeline`` finds under it.
 
     Args:
         model: a name.
