@@ -7,7 +7,7 @@
     python benchmarks/frontier.py jacobi     # relaxed rules on Jacobi iterates
     python benchmarks/frontier.py trees      # trees of guesses against chains
 
-Tokens per pass are those of `--pictures` pictures (benchmarks/prompts/exact200.txt), intervals are 95 % of a bootstrap over
+Tokens per pass are those of `--pictures` pictures (benchmarks/prompts/bench64.txt), intervals are 95 % of a bootstrap over
 pictures. Seconds (hybrid) are of one picture at a time, strategies in turns, against plain AR. Options: --model, --device,
 --dtype, --pictures, --batch, --repeats. Each prints its table and writes benchmarks/results/frontier-<table>...json.
 """
@@ -83,7 +83,7 @@ class Figures:
 
 def prompts(count: int) -> list[str]:
     """The first ``count`` benchmark prompts."""
-    lines = (HERE / "prompts" / "exact200.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    lines = (HERE / "prompts" / "bench64.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return [lines[i % len(lines)] for i in range(count)]
 
 
@@ -122,7 +122,8 @@ HEAD = ["decoder", "tokens/pass", "95 %", "first guess taken", "expected changed
 
 def chain(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Lossless chains by length."""
-    names = [f"eagle:draft_length={n},coupling={c}" for c in ("rejection", "gumbel") for n in LENGTHS]
+    names = [f"eagle:draft_length={n},coupling=rejection" for n in LENGTHS]
+    names += [f"eagle:draft_length={n}" for n in (4, 8)]
     found = measured(pipe, names, arguments)
     print("\n" + table(HEAD, rows_of(found)))
     return {name: f.as_dict() for name, f in found.items()}
