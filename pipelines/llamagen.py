@@ -118,7 +118,7 @@ class LlamaGenPipeline(ARImagePipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
         if strange:
-            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=5)
+            warnings.warn(f"the text encoder does not know: {', '.join(strange)}", stacklevel=4)
         length = self.transformer.config["condition_tokens"]
         encoded = [encode_captions(self.tokenizer, self.text_encoder, [text], length) for text in prompts]
         return torch.cat([features for features, _ in encoded]), torch.cat([mask for _, mask in encoded])

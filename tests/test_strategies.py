@@ -88,8 +88,8 @@ def test_bad_text_gives_one_line_that_says_what_is_wrong(text: str, named: str):
 
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(StrategyError, match=", ".join(STRATEGIES)):
-        parse_strategy("lantern")
-    with pytest.raises(StrategyError, match="window, coupling, init, pass_tokens"):
+        parse_strategy("warp")
+    with pytest.raises(StrategyError, match="window, coupling, init, pass_tokens, acceptance"):
         parse_strategy("sjd:speed=9")
 
 
