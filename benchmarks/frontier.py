@@ -29,7 +29,9 @@ import arsd
 from arsd.bench import as_inputs, run_bench
 from arsd.cli.bench import bench_table
 from arsd.cli.common import table
+from arsd.decoding.model_strategies import chain_parts
 from arsd.decoding.relaxed import CoolSDRule
+from arsd.decoding.rules import RejectionSampling
 from arsd.devices import device_kind, resolve_device, resolve_dtype
 
 HERE = Path(__file__).parent
@@ -87,7 +89,7 @@ def prompts(count: int) -> list[str]:
     return [lines[i % len(lines)] for i in range(count)]
 
 
-def measure(pipe: Any, decoder: str, arguments: argparse.Namespace) -> Figures:
+def measure(pipe: Any, decoder: Any, arguments: argparse.Namespace) -> Figures:
     """Decode every picture with its own seed, ``--batch`` at a time."""
     count = arguments.pictures
     inputs = as_inputs(prompts(count)) if pipe.transformer.config["condition"] == "text" else as_inputs([0] * count)
@@ -159,24 +161,78 @@ def fitted(sharpness: float, length: int, tokens_per_pass: float) -> tuple[float
     return noise, alpha
 
 
+class CurveRule(RejectionSampling):
+    """Speculative sampling that also measures alpha(omega) = sum min(q, omega p) of the slots it reaches.
+
+    Args:
+        factors: omegas.
+    """
+
+    def __init__(self, factors: np.ndarray) -> None:
+        super().__init__()
+        self.factors = torch.tensor(factors)
+        self.sums: Any = 0.0  # [L, len(factors)]
+        self.reached: Any = 0.0  # [L]
+        self.first: list[torch.Tensor] = []  # alpha(1) of first slots
+
+    def verify(self, step: Any, law: Any, draft: Any) -> Any:
+        """Judge, and count."""
+        verdict = super().verify(step, law, draft)
+        p, q = law.probs[:, :-1].double(), draft.law.double()
+        slots = torch.arange(p.shape[1])
+        reached = (slots < verdict.count[:, None]) & step.active[:, :-1]
+        curve = torch.stack([torch.minimum(q, factor * p).sum(-1) for factor in self.factors], dim=-1)
+        self.sums = self.sums + torch.where(reached[..., None], curve, 0.0).sum(0)
+        self.reached = self.reached + reached.sum(0)
+        self.first.append(torch.minimum(p, q).sum(-1)[:, 0][reached[:, 0]])
+        return verdict
+
+
+class Measuring(arsd.Eagle):
+    """A lossless chain under a :class:`CurveRule`."""
+
+    curve: CurveRule
+
+    def build(self, setting: Any) -> Any:
+        """See :class:`arsd.decoding.DecodingStrategy`."""
+        return chain_parts(setting, self.curve, self.config["draft_length"], None)
+
+
+def measured_curve(pipe: Any, length: int, factors: np.ndarray, arguments: argparse.Namespace) -> CurveRule:
+    """alpha of the slots that a lossless chain reaches."""
+    strategy = Measuring(draft_length=length, coupling="rejection")
+    strategy.curve = CurveRule(factors)
+    measure(pipe, strategy, arguments)
+    return strategy.curve
+
+
 def predict(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """COOL-SD's published schedules against a model of independent positions, fitted to the lossless chain."""
-    kept, deltas = [], (1.1, 2)
+    """COOL-SD's schedules against models that know the lossless chain only.
+
+    ``gaussian``: one acceptance for all slots, alpha(omega) of Gaussian logits with the noise that gives the lossless
+    chain's tokens per pass. ``curve``: alpha_i(omega_i) of slot i as the lossless chain measured it. Both take slots for
+    independent.
+    """
+    kept, clamps, deltas = [], (0.0, 1.0), (1.1, 2)
     for length in (3, 4, 5):
         lossless = measure(pipe, f"eagle:draft_length={length},coupling=rejection", arguments).tokens_per_pass
-        seen = {d: measure(pipe, f"cool-sd:delta={d},draft_length={length}", arguments) for d in deltas}
-        for sharpness in (2.0, 3.0, 4.0):
-            noise, alpha = fitted(sharpness, length, lossless)
-            for delta in deltas:
-                schedule = CoolSDRule(delta=delta).schedule(length).numpy()
-                said = expected_tokens(gaussian_acceptance(noise, sharpness, schedule))
-                one = {"length": length, "lossless": lossless, "alpha0": alpha, "delta": delta, "sharpness": sharpness}
-                kept.append({**one, "predicted": said, "measured": seen[delta].tokens_per_pass})
+        sharpness = 3.0
+        noise, alpha = fitted(sharpness, length, lossless)
+        for delta, floor in [(d, f) for d in deltas for f in clamps]:
+            schedule = CoolSDRule(delta=delta, floor=floor).schedule(length).numpy()
+            seen = measure(pipe, f"cool-sd:delta={delta},floor={floor},draft_length={length}", arguments)
+            curve = measured_curve(pipe, length, schedule, arguments)
+            alphas = (curve.sums / curve.reached[:, None]).diagonal().numpy()
+            one = {"length": length, "lossless": lossless, "alpha0": alpha, "delta": delta, "floor": floor}
+            one |= {"gaussian": expected_tokens(gaussian_acceptance(noise, sharpness, schedule))}
+            kept.append({**one, "curve": expected_tokens(alphas), "measured": seen.tokens_per_pass})
+            print({k: round(v, 3) for k, v in kept[-1].items()}, flush=True)
     for row in kept:
-        row["difference"] = row["measured"] / row["predicted"] - 1
-    rows = [[round(value, 3) for value in row.values()] for row in kept]
-    print(table([*kept[0]], rows))
-    return {"rows": kept}
+        row |= {f"against {name}": row["measured"] / row[name] - 1 for name in ("gaussian", "curve")}
+    print("\n" + table([*kept[0]], [[round(value, 3) for value in row.values()] for row in kept]))
+    shares = torch.quantile(torch.cat(curve.first), torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64))
+    print("\nalpha0 of first slots, quantiles 5, 25, 50, 75, 95 %:", [round(float(x), 3) for x in shares])
+    return {"rows": kept, "alpha0_quantiles": shares.tolist()}
 
 
 def relaxed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
