@@ -138,7 +138,7 @@ class HybridDrafter:
 
     needs_law = False
 
-    def __init__(self, setting: Setting, length: int = 4, weight: float | None = 0.25, init: str = "uniform") -> None:
+    def __init__(self, setting: Setting, length: int = 4, weight: float | None = 0.05, init: str = "uniform") -> None:
         call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
         self.front = _Front(replace(setting, rule=None), min(length, setting.window - 1), weight)
         self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device)

@@ -85,7 +85,7 @@ class Hybrid(DecodingStrategy):
     def __init__(
         self,
         draft_length: int = 4,
-        weight: float | None = 0.25,
+        weight: float | None = 0.05,
         window: int | str = "auto",
         init: str = "uniform",
         pass_tokens: int | None = None,
