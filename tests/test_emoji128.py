@@ -38,7 +38,7 @@ def tokens_of(pipe, decoder: str, rows: slice = slice(None), **options) -> torch
 
 
 def test_model_is_small_enough_for_git_and_as_large_as_the_docs_say(pipe):
-    parts = (pipe.transformer, pipe.text_encoder, pipe.vq)
+    parts = (pipe.transformer, pipe.text_encoder, pipe.vq, pipe.drafter)
     assert 15e6 < sum(p.numel() for part in parts for p in part.parameters()) < 25e6
     folder = find_model("emoji-128")
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 50e6
@@ -46,9 +46,29 @@ def test_model_is_small_enough_for_git_and_as_large_as_the_docs_say(pipe):
     assert dtypes == {torch.float32}, "unless another dtype is asked for"
 
 
-@pytest.mark.parametrize("decoder", ["ar:pass_tokens=16", "sjd", "sjd:window=8,pass_tokens=16", "sjd:window=5,init=left"])
+EXACT = ["ar:pass_tokens=16", "sjd", "sjd:window=8,pass_tokens=16", "sjd:window=5,init=left", "eagle", "hybrid:window=12"]
+
+
+@pytest.mark.parametrize("decoder", EXACT)
 def test_seed_exact_tokens_equal_plain_ar_in_float32(pipe, plain, decoder):
     assert torch.equal(tokens_of(pipe, decoder), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "decoder", ["eagle:tree=3x2x1", "eagle:draft_length=12", "hybrid:draft_length=8", "hybrid:weight=none"]
+)
+def test_trees_long_chains_and_hybrids_give_the_tokens_of_plain_ar(pipe, plain, decoder):
+    assert torch.equal(tokens_of(pipe, decoder), plain)
+
+
+def test_the_drafter_is_worth_its_bytes_and_a_budget_is_kept(pipe):
+    generators = [torch.Generator().manual_seed(10 + i) for i in range(len(PROMPTS))]
+    call = {"generator": generators, "output_type": "latent"}
+    chain = pipe(PROMPTS, decoder="eagle:draft_length=4,coupling=rejection", **call).stats
+    assert chain.tokens_per_pass > 1.9 and chain.expected_changed_tokens == [0.0] * 5
+    relaxed = pipe(PROMPTS, decoder=arsd.CoolSD(budget=4.0), **call).stats
+    assert 1 < max(relaxed.expected_changed_tokens) <= 4
 
 
 @pytest.mark.slow
