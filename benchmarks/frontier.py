@@ -1,6 +1,7 @@
 """How far relaxed acceptance gets, and what it costs in fidelity; drafters against one another.
 
     python benchmarks/frontier.py chain      # lossless chains of the drafter by length: tokens per pass, acceptance
+    python benchmarks/frontier.py curve      # alpha(omega) of the slots that a lossless chain reaches
     python benchmarks/frontier.py predict    # COOL-SD against what is predicted from the lossless chain
     python benchmarks/frontier.py relaxed    # every relaxed rule: tokens per pass against summed local total variation
     python benchmarks/frontier.py hybrid     # drafter, Jacobi iterates, and both in one window: tokens per pass, seconds
@@ -212,6 +213,21 @@ def measured_curve(pipe: Any, length: int, factors: np.ndarray, arguments: argpa
     return strategy.curve
 
 
+def curve(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What relaxation could win: alpha(omega) of the slots that a lossless chain reaches."""
+    factors = np.array([0.25, 0.5, 1, 1.1, 2, 5, 10])
+    found = measured_curve(pipe, arguments.length, factors, arguments)
+    alphas = found.sums / found.reached[:, None]
+    rows = [
+        [i + 1, int(n), *(f"{float(a):.3f}" for a in row)]
+        for i, (n, row) in enumerate(zip(found.reached, alphas, strict=True))
+    ]
+    print(table(["guess", "reached", *(f"omega {factor:g}" for factor in factors)], rows))
+    shares = torch.quantile(torch.cat(found.first), torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64))
+    print("\nalpha(1) of first guesses, quantiles 5, 25, 50, 75, 95 %:", [round(float(x), 3) for x in shares])
+    return {"factors": factors.tolist(), "alphas": alphas.tolist(), "first_quantiles": shares.tolist()}
+
+
 def predict(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """COOL-SD's schedules against models that know the lossless chain only.
 
@@ -315,7 +331,15 @@ def trees(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"chain": chain, "predict": predict, "relaxed": relaxed, "hybrid": hybrid, "jacobi": jacobi, "trees": trees}
+    tables = {
+        "chain": chain,
+        "curve": curve,
+        "predict": predict,
+        "relaxed": relaxed,
+        "hybrid": hybrid,
+        "jacobi": jacobi,
+        "trees": trees,
+    }
     parser.add_argument("table", choices=list(tables))
     parser.add_argument("--model", default="emoji-128")
     parser.add_argument("--drafter", metavar="DIR", help="a trained drafter in the place of the model's own")

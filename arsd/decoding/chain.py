@@ -115,7 +115,7 @@ class ChainDrafter(ModelDrafter):
             active = step.active[:, at]
             return step.noise.categorical(law.probs, Purpose.REDRAFT, step.positions[:, at], step.iteration, active)
         scores = self._scores(step, law, j)
-        return (scores + step.token_gumbel(scores.shape[-1], scores.dtype)[:, at]).argmax(-1)
+        return (scores + step.token_gumbel(scores.shape[-1], scores.dtype, at)).argmax(-1)
 
     def _scores(self, step: Step, law: Law, j: int) -> Tensor:
         """Log-weights [B, 1, V] of guess j, before the noise."""

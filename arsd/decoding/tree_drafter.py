@@ -70,7 +70,7 @@ class TreeDrafter(ModelDrafter):
         return torch.stack(drawn, -1)[:, level.family, level.rank]
 
     def _most_likely(self, step: Step, law: Law, level: _Level) -> Tensor:
-        gumbel = step.token_gumbel(law.scores.shape[-1], law.scores.dtype)[:, level.depth : level.depth + 1]
+        gumbel = step.token_gumbel(law.scores.shape[-1], law.scores.dtype, slice(level.depth, level.depth + 1))
         best = (law.scores + gumbel).topk(min(level.widest, law.scores.shape[-1]), dim=-1).indices
         return best[:, level.family, level.rank.clamp_max(best.shape[-1] - 1)]
 

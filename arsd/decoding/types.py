@@ -89,10 +89,10 @@ class Step:
     reading: list[int]
     noise: Noise
 
-    def token_gumbel(self, vocab: int, dtype: torch.dtype) -> Tensor:
-        """The canonical Gumbel noise [B, W, vocab] of the window's positions."""
+    def token_gumbel(self, vocab: int, dtype: torch.dtype, slots: slice = slice(None)) -> Tensor:
+        """The canonical Gumbel noise [B, W, vocab] of the window's positions, or of some of its slots."""
         self.noise.prepare(self.starts, self.positions.shape[1], vocab, dtype)
-        return self.noise.token_gumbel(self.positions, vocab, dtype)
+        return self.noise.token_gumbel(self.positions[:, slots], vocab, dtype)
 
 
 class Drafter(Protocol):
