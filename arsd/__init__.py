@@ -26,6 +26,7 @@ _LAZY = {
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
+    "PublishedCoolSD": "arsd.decoding.relaxed_strategies",
     "SJD": "arsd.decoding.strategies",
     "SmallARDrafter": "arsd.decoding.small_ar",
     "Speculative": "arsd.decoding.speculative",
@@ -41,7 +42,7 @@ __all__ = sorted(_LAZY)
 if TYPE_CHECKING:
     from arsd.decoding.model_strategies import Eagle, Hybrid
     from arsd.decoding.registry import register_drafter, register_rule
-    from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus
+    from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus, PublishedCoolSD
     from arsd.decoding.small_ar import SmallARDrafter
     from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy

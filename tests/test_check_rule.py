@@ -184,7 +184,15 @@ def test_a_relaxed_rule_whose_report_lies_is_refuted(rule: type, small_suite):
 
 @pytest.mark.parametrize(
     "target",
-    ["cool-sd:delta=2", "cool-sd:budget=0.3", "lantern:k=1:delta=0.3", "lantern-plus-plus:k=1", "grouped", "margin"],
+    [
+        "cool-sd:delta=2",
+        "cool-sd-published",
+        "cool-sd:budget=0.3",
+        "lantern:k=1:delta=0.3",
+        "lantern-plus-plus:k=1",
+        "grouped",
+        "margin",
+    ],
 )
 def test_relaxed_rules_of_this_package_cost_what_they_report(command, target: str, small_suite):
     status, out, err = command("check-rule", target, "--quick")

@@ -12,7 +12,7 @@ import torch
 from chain_reference import Judge, Means, Omegas, Virtual, fractions, predicted, world_of
 
 from arsd.decoding import LawConfig, Verdict
-from arsd.decoding.relaxed import CoolSDRule
+from arsd.decoding.relaxed import CoolSDRule, PublishedCoolSDRule
 from arsd.decoding.rules import RejectionSampling, Slots
 from arsd.exactness.drafts import rule_under_table
 from arsd.exactness.tables import World, total_variation
@@ -36,7 +36,7 @@ def same(law: torch.Tensor, numbers) -> bool:
 
 
 def uniform(omega: float) -> Callable[[], CoolSDRule]:
-    return lambda: CoolSDRule(delta=omega, nu=0)
+    return lambda: CoolSDRule(delta=omega, nu=0, floor=0)
 
 
 # ---------------------------------------------------------------- one slot, in rational numbers
@@ -101,7 +101,7 @@ class Spike(CoolSDRule):
     ],
 )
 def test_other_residuals_give_what_the_fractions_say_and_only_optimal_ones_cost_what_is_reported(rule, omega, output, cost):
-    law, means = measured(lambda: rule(delta=float(F(omega)), nu=0), ONE, ONE_Q, 2)
+    law, means = measured(lambda: rule(delta=float(F(omega)), nu=0, floor=0), ONE, ONE_Q, 2)
     assert same(law, fractions(output)) and abs(total_variation(law, ONE.law()) - F(cost)) < 1e-15
     assert (total_variation(law, ONE.law()) - means.changed > 0.01) == (rule is not Spike), "the meter shows the mutants"
 
@@ -162,20 +162,20 @@ SCHEDULES = {
 
 @pytest.mark.parametrize(("length", "delta"), SCHEDULES)
 def test_schedule_is_the_table_and_its_mean_is_delta(length: int, delta: float):
-    schedule = CoolSDRule(delta).schedule(length)
+    schedule = PublishedCoolSDRule(delta).schedule(length)
     assert [f"{x:.4f}" for x in schedule.tolist()] == SCHEDULES[length, delta].split()
     assert abs(float(schedule.mean()) - delta) < 1e-14
-    clamped = CoolSDRule(delta, floor=1.0).schedule(length)
+    clamped = CoolSDRule(delta).schedule(length)
     assert torch.equal(clamped, schedule.clamp_min(1))
 
 
 def test_schedules_without_normalisation_without_decay_of_no_length_and_very_long():
     assert torch.equal(
-        CoolSDRule(2, normalize="none").schedule(3), 2 * (-0.7 * torch.arange(3.0, dtype=torch.float64)).exp()
+        CoolSDRule(2, normalize="none", floor=0).schedule(3), 2 * (-0.7 * torch.arange(3.0, dtype=torch.float64)).exp()
     )
     assert CoolSDRule(1.3, nu=0).schedule(4).tolist() == [1.3] * 4 and CoolSDRule(1, nu=0).schedule(3).tolist() == [1] * 3
     assert CoolSDRule().schedule(0).shape == (0,)
-    steep = CoolSDRule(1.1, nu=50).schedule(3000)
+    steep = PublishedCoolSDRule(1.1, nu=50).schedule(3000)
     assert bool(steep.isfinite().all()) and abs(float(steep.mean()) - 1.1) < 1e-12
 
 
@@ -223,9 +223,9 @@ RULES = {
     "rejection": (RejectionSampling, lambda world: Omegas(lambda i, length: 1)),
     "rejection, every slot": (lambda: RejectionSampling(True), lambda world: Omegas(lambda i, length: 1)),
     "uniform below 1": (uniform(0.6), lambda world: Omegas(lambda i, length: 0.6)),
-    "cool-sd": (lambda: CoolSDRule(1.5), lambda world: exponential(1.5, 0.7)),
-    "clamped": (lambda: CoolSDRule(1.5, 1.0, floor=1), lambda world: exponential(1.5, 1.0, 1)),
-    "as it is": (lambda: CoolSDRule(3, 0.5, "none"), lambda world: exponential(3, 0.5, mean=False)),
+    "published": (lambda: PublishedCoolSDRule(1.5), lambda world: exponential(1.5, 0.7)),
+    "clamped": (lambda: CoolSDRule(1.5, 1.0), lambda world: exponential(1.5, 1.0, 1)),
+    "as it is": (lambda: CoolSDRule(3, 0.5, "none", floor=0), lambda world: exponential(3, 0.5, mean=False)),
     "budget": (lambda: CoolSDRule(budget=0.15), lambda world: Affordable(0.15, world.num_tokens)),
     "large budget": (lambda: CoolSDRule(budget=9), lambda world: Affordable(9, world.num_tokens)),
 }
@@ -246,7 +246,7 @@ def test_every_path_together_gives_the_law_that_a_plain_recursion_predicts_and_t
         if rule in LOSSLESS or world in ("right guesses", "one id"):
             assert cost < 1e-12 and means.changed < 1e-12
         assert bool((law[target.law() == 0] == 0).all()), "an id that the target excludes is never emitted"
-        if world == "right guesses" and rule not in ("uniform below 1", "cool-sd"):
+        if world == "right guesses" and rule not in ("uniform below 1", "published"):
             assert abs(means.accepted - min(window - 1, 3)) < 1e-12, "p = q: every guess is taken"
 
 

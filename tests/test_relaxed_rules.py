@@ -104,7 +104,7 @@ def test_where_omega_is_at_least_one_the_residual_is_that_of_speculative_samplin
     assert not torch.equal(CoolSDRule().residual(slots), vanilla)
 
 
-RELAXED = ["cool-sd", "cool-sd:budget=0.5", "lantern:k=3", "lantern-plus-plus:k=3", "grouped", "margin"]
+RELAXED = ["cool-sd", "cool-sd-published", "cool-sd:budget=0.5", "lantern:k=3", "lantern-plus-plus:k=3", "grouped", "margin"]
 
 
 @pytest.mark.parametrize("rule", RELAXED)

@@ -20,6 +20,8 @@ RELAXED = [
     "cool-sd:delta=2",
     "cool-sd:budget=3",
     "cool-sd:delta=2,tree=2x1",
+    "cool-sd-published:delta=2",
+    "cool-sd-published:delta=2,tree=2x1",
     "lantern:k=5",
     "lantern-plus-plus:k=5",
     "grouped",
@@ -51,10 +53,16 @@ def test_without_a_budget_to_spend_cool_sd_is_speculative_sampling(pipe):
         assert torch.equal(codes(pipe, **inputs(pipe), decoder=decoder), plain)
 
 
+def test_the_published_form_is_the_one_that_is_not_clamped(pipe):
+    published = codes(pipe, **inputs(pipe), decoder=arsd.PublishedCoolSD(delta=0.1))
+    assert torch.equal(published, codes(pipe, **inputs(pipe), decoder="cool-sd:delta=0.1,floor=0"))
+    assert not torch.equal(published, codes(pipe, **inputs(pipe), decoder=arsd.CoolSD(delta=0.1)))
+
+
 def test_a_relaxed_strategy_names_its_rule_for_jacobi_guesses(pipe):
-    named = arsd.SJD(window=6, acceptance=arsd.CoolSD(delta=2, floor=1.0))
+    named = arsd.SJD(window=6, acceptance=arsd.CoolSD(delta=2, floor=0.5))
     assert not named.lossless and arsd.SJD.from_config(dict(named.config)).config == named.config
-    text = "sjd:window=6,acceptance=cool-sd:delta=2:floor=1.0"
+    text = "sjd:window=6,acceptance=cool-sd:delta=2:floor=0.5"
     assert torch.equal(codes(pipe, **inputs(pipe), decoder=named), codes(pipe, **inputs(pipe), decoder=text))
     with pytest.raises(StrategyError, match="must name a rule"):
         arsd.SJD(acceptance=arsd.Eagle())

@@ -6,7 +6,7 @@ from arsd.decoding.mixed import build_parts
 from arsd.decoding.model_strategies import Eagle, Hybrid
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.registry import register_drafter, register_rule
-from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus
+from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus, PublishedCoolSD
 from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.speculative import Speculative
 from arsd.decoding.stats import DecodeStats
@@ -37,6 +37,7 @@ __all__ = [
     "Laws",
     "Outcome",
     "Parts",
+    "PublishedCoolSD",
     "Purpose",
     "SeedExactTree",
     "Setting",

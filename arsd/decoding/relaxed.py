@@ -57,8 +57,8 @@ class CoolSDRule(ChainRule):
         delta: mean of the factors; 1.1 and 2 are the paper's settings.
         nu: how fast they fall; 0 is a uniform relaxation.
         normalize: ``mean``, or ``none`` for omega_i = delta exp(-nu i) with delta at the first guess.
-        floor: the factors' least value. With 1 (not the paper's) no guess is refused more often than by speculative
-            sampling: the tail below 1 buys no fidelity.
+        floor: the factors' least value. With 1 no guess is refused more often than by speculative sampling: factors below
+            1 buy no fidelity. The paper clamps nothing; 0 is its form (:class:`PublishedCoolSDRule`).
         budget: B, in expected changed tokens per picture; ``None`` for the schedule.
 
     Raises:
@@ -70,7 +70,7 @@ class CoolSDRule(ChainRule):
         delta: float = 1.1,
         nu: float = 0.7,
         normalize: str = "mean",
-        floor: float = 0.0,
+        floor: float = 1.0,
         budget: float | None = None,
     ) -> None:
         self.delta, self.nu = number("delta", delta, 0, open_end=True), number("nu", nu, -math.inf)
@@ -133,6 +133,16 @@ class CoolSDRule(ChainRule):
         before = self._spent[:, None]
         after = most + torch.minimum(before, (accrued - most).cummin(1).values)
         return after.diff(dim=1, prepend=before).clamp_min(0)
+
+
+class PublishedCoolSDRule(CoolSDRule):
+    """COOL-SD as published (Li et al., AAAI 2026, arXiv 2601.09212): factors below 1 stay; not lossless.
+
+    Args: those of :class:`CoolSDRule` that the paper has.
+    """
+
+    def __init__(self, delta: float = 1.1, nu: float = 0.7, normalize: str = "mean") -> None:
+        super().__init__(delta, nu, normalize, floor=0.0)
 
 
 def largest_omega(slots: Slots, allowance: Tensor) -> Tensor:

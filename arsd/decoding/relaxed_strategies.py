@@ -13,7 +13,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 
 from arsd.decoding.model_strategies import chain_parts, check_length, tree_parts
 from arsd.decoding.registry import bound, find_rule, made_rule
-from arsd.decoding.relaxed import CoolSDRule
 from arsd.decoding.siblings import SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
 from arsd.decoding.types import Parts
@@ -53,7 +52,7 @@ class RelaxedStrategy(DecodingStrategy):
 
 
 class CoolSD(RelaxedStrategy):
-    """COOL-SD (arXiv 2601.09212): annealed relaxation of speculative sampling; not lossless.
+    """COOL-SD (arXiv 2601.09212), clamped: annealed relaxation of speculative sampling; not lossless.
 
     Args: those of :class:`arsd.decoding.relaxed.CoolSDRule`, and
         draft_length: guesses per pass.
@@ -71,7 +70,7 @@ class CoolSD(RelaxedStrategy):
         nu: float = 0.7,
         draft_length: int = 4,
         normalize: str = "mean",
-        floor: float = 0.0,
+        floor: float = 1.0,
         budget: float | None = None,
         tree: str | int | None = None,
         pass_tokens: int | None = None,
@@ -84,8 +83,31 @@ class CoolSD(RelaxedStrategy):
         """See :class:`DecodingStrategy`."""
         if self.config["tree"] is None:
             return super().build(setting)
-        schedule = CoolSDRule(**self._options).schedule
+        schedule = made_rule(find_rule(self.rule_name), self._options).schedule
         return tree_parts(setting, SiblingSampling(schedule), self.config["tree"], self.config["pass_tokens"])
+
+
+class PublishedCoolSD(CoolSD):
+    """COOL-SD as published (arXiv 2601.09212): later guesses are taken less readily than by speculative sampling.
+
+    That gains no fidelity, so :class:`CoolSD` does not do it by default. Not lossless.
+
+    Args: those of :class:`CoolSD` that the paper has, ``tree`` and ``pass_tokens``.
+    """
+
+    name = rule_name = "cool-sd-published"
+
+    @register_to_config
+    def __init__(
+        self,
+        delta: float = 1.1,
+        nu: float = 0.7,
+        draft_length: int = 4,
+        normalize: str = "mean",
+        tree: str | int | None = None,
+        pass_tokens: int | None = None,
+    ) -> None:
+        self._check()
 
 
 class Lantern(RelaxedStrategy):
@@ -140,4 +162,4 @@ class GroupedSD(RelaxedStrategy):
         self._check()
 
 
-STRATEGIES.update({cls.name: cls for cls in (CoolSD, Lantern, LanternPlusPlus, GroupedSD)})
+STRATEGIES.update({cls.name: cls for cls in (CoolSD, PublishedCoolSD, Lantern, LanternPlusPlus, GroupedSD)})

@@ -21,7 +21,7 @@ from arsd.decoding.registry import (
     register_rule,
     split_part,
 )
-from arsd.decoding.relaxed import CoolSDRule, MarginRule
+from arsd.decoding.relaxed import CoolSDRule, MarginRule, PublishedCoolSDRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.siblings import SeedExactTree, SiblingSampling
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole
@@ -32,6 +32,7 @@ from arsd.errors import StrategyError
 register_rule("seed-exact", seed_exact=True)(SeedExact)
 register_rule("rejection")(RejectionSampling)
 register_rule("cool-sd", lossless=False)(CoolSDRule)
+register_rule("cool-sd-published", lossless=False)(PublishedCoolSDRule)
 register_rule("lantern", lossless=False)(LanternRule)
 register_rule("lantern-plus-plus", lossless=False)(LanternPlusPlusRule)
 register_rule("grouped", lossless=False)(GroupedRule)

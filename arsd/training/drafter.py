@@ -8,6 +8,7 @@ several times, each time on its own predictions (training-time test of EAGLE-3, 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from arsd.training.common import Muon, Run, save_atomically
 from arsd.training.data import held_out_captions, training_captions
 
 GENERATION_BATCH = 32
+GENERATION_CHUNK = 256  # pictures between two saves
 HELD_OUT_PICTURES = 64
 
 
@@ -173,7 +175,7 @@ class DrafterTask:
 
 @torch.no_grad()
 def draw_pictures(pipe: Any, captions: list[str], count: int, path: Path, seed: int) -> tuple[list[str], Tensor]:
-    """``count`` pictures of random captions by the target, kept in ``path`` and resumed from it.
+    """``count`` pictures by the target, kept in ``path`` and resumed from it; every caption once before any comes again.
 
     Returns:
         Captions and tokens [count, N].
@@ -189,15 +191,34 @@ def draw_pictures(pipe: Any, captions: list[str], count: int, path: Path, seed: 
             names, tokens = state["captions"], state["tokens"].long()
         except Exception as error:  # a damaged archive raises anything
             raise DataError(f"cannot go on with {path} ({type(error).__name__}): delete it or use a new --out") from error
+    drawer = _in_fast_dtype(pipe) if len(names) < count else pipe
     while len(names) < count:
-        source = torch.Generator().manual_seed(seed + len(names))
-        size = min(GENERATION_BATCH, count - len(names))
-        some = [captions[i] for i in torch.randint(len(captions), (size,), generator=source).tolist()]
-        made = pipe(some, generator=source, output_type="latent", progress=False).tokens.cpu()
+        first, size = len(names), min(GENERATION_CHUNK, count - len(names))
+        some = [_in_turn(captions, i, seed) for i in range(first, first + size)]
+        source = torch.Generator().manual_seed(seed + first)
+        options = {"decoder": "sjd", "batch_size": min(size, GENERATION_BATCH), "output_type": "latent", "progress": False}
+        made = drawer(some, generator=source, **options).tokens.cpu()
         names, tokens = names + some, torch.cat([tokens, made])
         save_atomically({"captions": names, "tokens": tokens.short()}, path)
         print(f"{len(names)} of {count} pictures drawn", flush=True)
     return names[:count], tokens[:count]
+
+
+def _in_turn(captions: list[str], index: int, seed: int) -> str:
+    """Caption ``index`` of an endless row of shuffled lists."""
+    lap, place = divmod(index, len(captions))
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + lap))
+    return captions[int(order[place])]
+
+
+def _in_fast_dtype(pipe: Any) -> Any:
+    """The pipeline, on a CPU with fast bfloat16 with a copy of its transformer in that dtype."""
+    model = pipe.transformer
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not has_fast_bfloat16():
+        return pipe
+    drawer = copy.copy(pipe)
+    drawer.register_modules(transformer=copy.deepcopy(model).bfloat16(), drafter=None)
+    return drawer
 
 
 def train_drafter(
