@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import arsd
 from arsd import EagleDrafter
+from arsd.decoding.chain import ModelDrafter
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DraftModel
 from arsd.errors import ArsdError, InputError, StrategyError
@@ -60,6 +61,35 @@ def test_guess_number_j_reads_what_run_j_of_the_training_read(double):
                 torch.testing.assert_close(logits, runs[j][:, :, first + n + j], rtol=0, atol=1e-9)
                 if n + j < TOKENS - 1:
                     logits = model.extend(tokens[:, n + j])
+
+
+def test_a_draft_model_reads_what_was_committed_and_little_more(double, monkeypatch):
+    """Under the seed-exact rule; its guesses are those of a model that reads the whole window. Laws need fixed shapes."""
+    widths: list[tuple[int, int]] = []
+    catch_up, whole = EagleDraftModel.catch_up, ModelDrafter.catch_up
+
+    def watched(self, tokens, read, columns):
+        widths.append((tokens.shape[1], max(columns) + 1))
+        return catch_up(self, tokens, read, columns)
+
+    def with_all(self, step):
+        self.needs_law = True
+        logits = whole(self, step)
+        self.needs_law = False
+        return logits
+
+    def passes(decoder: str) -> list[int]:
+        widths.clear()
+        out = double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent")
+        return [*out.stats.row_passes, *out.stats.accepted_lengths.values()]
+
+    monkeypatch.setattr(EagleDraftModel, "catch_up", watched)
+    taken = passes("hybrid:window=8,draft_length=3")
+    assert all(wide <= 8 and used <= wide < 2 * used for wide, used in widths) and {wide for wide, _ in widths} > {1, 2}
+    passes("eagle:draft_length=6,coupling=rejection")
+    assert {wide for wide, _ in widths} == {7}
+    monkeypatch.setattr(ModelDrafter, "catch_up", with_all)
+    assert passes("hybrid:window=8,draft_length=3") == taken
 
 
 def test_a_row_that_begins_another_picture_forgets_the_one_before(double):

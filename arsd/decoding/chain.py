@@ -65,7 +65,10 @@ class ModelDrafter:
         # a row of another strategy may be further ahead than a window: it gets no guesses from here, only junk
         first = [max(r, n - self.window + 1) for r, n in zip(self.read, step.starts, strict=True)]
         columns = [0 if b in reading else n - m for b, (n, m) in enumerate(zip(step.starts, first, strict=True))]
-        offsets = torch.arange(self.window, device=self.tokens.device)
+        width = self.window
+        if not self.needs_law:  # else rounding would let the neighbours of a row into its law, and into its picture
+            width = min(width, 1 << max(columns).bit_length())  # few shapes: 1, 2, 4, ...
+        offsets = torch.arange(width, device=self.tokens.device)
         index = torch.tensor(first, device=self.tokens.device)[:, None] - 1 + offsets
         known = [-1 if b in reading else m for b, m in enumerate(first)]
         logits = self.model.catch_up(self.tokens[self.rows, index.clamp_min(0)], known, columns)
