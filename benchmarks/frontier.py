@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from acceptance import CurveRule, Figures, at_equal_cost, expected_tokens, fitted, gaussian_acceptance, refusals_say
 from models import load
 
 import arsd
@@ -32,62 +32,10 @@ from arsd.cli.bench import bench_table
 from arsd.cli.common import table
 from arsd.decoding.model_strategies import chain_parts
 from arsd.decoding.relaxed import CoolSDRule
-from arsd.decoding.rules import RejectionSampling
 from arsd.devices import device_kind, resolve_device, resolve_dtype
 
 HERE = Path(__file__).parent
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12)
-
-
-@dataclass
-class Figures:
-    """What a strategy did on all pictures.
-
-    Args:
-        tokens: of each picture.
-        passes: of each picture.
-        changed: expected changed tokens of each picture.
-        accepted: passes by tokens committed.
-    """
-
-    tokens: np.ndarray
-    passes: np.ndarray
-    changed: np.ndarray
-    accepted: dict[int, int]
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Over all pictures."""
-        return float(self.tokens.sum() / self.passes.sum())
-
-    def interval(self) -> tuple[float, float]:
-        """95 % of tokens per pass, by a bootstrap over pictures."""
-        draws = np.random.default_rng(0).integers(len(self.tokens), size=(2000, len(self.tokens)))
-        low, high = np.quantile(self.tokens[draws].sum(1) / self.passes[draws].sum(1), [0.025, 0.975])
-        return float(low), float(high)
-
-    def against(self, other: Figures) -> tuple[float, float, float]:
-        """How many times the other's tokens per pass these are, with 95 % of a paired bootstrap over pictures."""
-        draws = np.random.default_rng(0).integers(len(self.tokens), size=(2000, len(self.tokens)))
-        low, high = np.quantile(other.passes[draws].sum(1) / self.passes[draws].sum(1), [0.025, 0.975])
-        return self.tokens_per_pass / other.tokens_per_pass, float(low), float(high)
-
-    def first_acceptance(self) -> float:
-        """Share of passes whose first guess was taken (forced ends aside: all passes)."""
-        return 1 - self.accepted.get(1, 0) / max(1, sum(self.accepted.values()))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "tokens_per_pass": self.tokens_per_pass,
-            "interval": self.interval(),
-            "first_acceptance": self.first_acceptance(),
-            "expected_changed_tokens": float(self.changed.mean()),
-            "changed_per_token": float(self.changed.sum() / self.tokens.sum()),
-            "passes": self.passes.tolist(),
-            "changed": self.changed.round(4).tolist(),
-            "accepted_lengths": self.accepted,
-        }
 
 
 def prompts(count: int) -> list[str]:
@@ -138,63 +86,6 @@ def chain(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: f.as_dict() for name, f in found.items()}
 
 
-def gaussian_acceptance(noise: float, sharpness: float, factors: np.ndarray, vocab: int = 1024) -> np.ndarray:
-    """Mean alpha(omega) of 4,000 pairs p = softmax(s g), q = softmax(s g + n e), g and e standard normal."""
-    generator = torch.Generator().manual_seed(0)
-    totals = np.zeros(len(factors))
-    for _ in range(8):
-        logits = sharpness * torch.randn(500, vocab, generator=generator, dtype=torch.float64)
-        p = torch.softmax(logits, -1)
-        q = torch.softmax(logits + noise * torch.randn(500, vocab, generator=generator, dtype=torch.float64), -1)
-        totals += np.array([float(torch.minimum(q, factor * p).sum(-1).mean()) / 8 for factor in factors])
-    return totals
-
-
-def expected_tokens(alphas: np.ndarray) -> float:
-    """Tokens per pass of a chain whose guesses are taken independently with these probabilities."""
-    return float(1 + np.cumprod(alphas).sum())
-
-
-def fitted(sharpness: float, length: int, tokens_per_pass: float) -> tuple[float, float]:
-    """Noise of the Gaussian model that gives a lossless chain's tokens per pass, and its alpha0."""
-    low, high = 0.0, 12.0
-    for _ in range(24):
-        noise = (low + high) / 2
-        alpha = float(gaussian_acceptance(noise, sharpness, np.ones(1))[0])
-        if expected_tokens(np.full(length, alpha)) > tokens_per_pass:
-            low = noise
-        else:
-            high = noise
-    return noise, alpha
-
-
-class CurveRule(RejectionSampling):
-    """Speculative sampling that also measures alpha(omega) = sum min(q, omega p) of the slots it reaches.
-
-    Args:
-        factors: omegas.
-    """
-
-    def __init__(self, factors: np.ndarray) -> None:
-        super().__init__()
-        self.factors = torch.tensor(factors)
-        self.sums: Any = 0.0  # [L, len(factors)]
-        self.reached: Any = 0.0  # [L]
-        self.first: list[torch.Tensor] = []  # alpha(1) of first slots
-
-    def verify(self, step: Any, law: Any, draft: Any) -> Any:
-        """Judge, and count."""
-        verdict = super().verify(step, law, draft)
-        p, q = law.probs[:, :-1].double(), draft.law.double()
-        slots = torch.arange(p.shape[1])
-        reached = (slots < verdict.count[:, None]) & step.active[:, :-1]
-        curve = torch.stack([torch.minimum(q, factor * p).sum(-1) for factor in self.factors], dim=-1)
-        self.sums = self.sums + torch.where(reached[..., None], curve, 0.0).sum(0)
-        self.reached = self.reached + reached.sum(0)
-        self.first.append(torch.minimum(p, q).sum(-1)[:, 0][reached[:, 0]])
-        return verdict
-
-
 class Measuring(arsd.Eagle):
     """A lossless chain under a :class:`CurveRule`."""
 
@@ -233,47 +124,59 @@ def predict(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     ``gaussian``: one acceptance for all slots, alpha(omega) of Gaussian logits with the noise that gives the lossless
     chain's tokens per pass. ``curve``: alpha_i(omega_i) of slot i as the lossless chain measured it. Both take slots for
-    independent.
+    independent. ``refusals``: see :func:`refusals_say`; it also knows the changed tokens and full passes of the relaxed one.
     """
-    kept, clamps, deltas = [], (0.0, 1.0), (1.1, 2)
-    for length in (3, 4, 5):
-        lossless = measure(pipe, f"eagle:draft_length={length},coupling=rejection", arguments).tokens_per_pass
-        sharpness = 3.0
-        noise, alpha = fitted(sharpness, length, lossless)
-        for delta, floor in [(d, f) for d in deltas for f in clamps]:
-            schedule = CoolSDRule(delta=delta, floor=floor).schedule(length).numpy()
+    kept, sharpness, knobs = [], 3.0, [(delta, floor) for delta in (1.1, 2) for floor in (0.0, 1.0)]
+    for length in (4, 5):
+        lossless = measure(pipe, f"eagle:draft_length={length},coupling=rejection", arguments)
+        noise, alpha = fitted(sharpness, length, lossless.tokens_per_pass)
+        schedules = [CoolSDRule(delta=delta, floor=floor).schedule(length).numpy() for delta, floor in knobs]
+        curve = measured_curve(pipe, length, np.concatenate(schedules), arguments)
+        alphas = (curve.sums / curve.reached[:, None]).numpy().reshape(length, len(knobs), length)
+        for n, ((delta, floor), schedule) in enumerate(zip(knobs, schedules, strict=True)):
             seen = measure(pipe, f"cool-sd:delta={delta},floor={floor},draft_length={length}", arguments)
-            curve = measured_curve(pipe, length, schedule, arguments)
-            alphas = (curve.sums / curve.reached[:, None]).diagonal().numpy()
-            one = {"length": length, "lossless": lossless, "alpha0": alpha, "delta": delta, "floor": floor}
+            one = {"length": length, "lossless": lossless.tokens_per_pass, "alpha0": alpha, "delta": delta, "floor": floor}
             one |= {"gaussian": expected_tokens(gaussian_acceptance(noise, sharpness, schedule))}
-            kept.append({**one, "curve": expected_tokens(alphas), "measured": seen.tokens_per_pass})
+            one |= {"curve": expected_tokens(alphas[:, n].diagonal()), "refusals": refusals_say(lossless, seen, length)}
+            kept.append({**one, "measured": seen.tokens_per_pass, "low": seen.interval()[0], "high": seen.interval()[1]})
             print({k: round(v, 3) for k, v in kept[-1].items()}, flush=True)
     for row in kept:
-        row |= {f"against {name}": row["measured"] / row[name] - 1 for name in ("gaussian", "curve")}
+        row |= {f"against {name}": row["measured"] / row[name] - 1 for name in ("gaussian", "curve", "refusals")}
     print("\n" + table([*kept[0]], [[round(value, 3) for value in row.values()] for row in kept]))
-    shares = torch.quantile(torch.cat(curve.first), torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64))
-    print("\nalpha0 of first slots, quantiles 5, 25, 50, 75, 95 %:", [round(float(x), 3) for x in shares])
-    return {"rows": kept, "alpha0_quantiles": shares.tolist()}
+    return {"rows": kept}
 
 
 def relaxed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Frontiers of all relaxed rules."""
+    """Frontiers of all relaxed rules, and clamped COOL-SD against each rival at the rival's own cost."""
     n = arguments.length
     end = f"residual=optimal,draft_length={n}"
     families = {
-        "clamped": [f"cool-sd:delta={d},floor=1.0,draft_length={n}" for d in (1.1, 1.3, 1.6, 2, 3, 5)],
-        "published": [f"cool-sd:delta={d},draft_length={n}" for d in (1.1, 1.6, 2, 3, 5)],
-        "uniform": [f"cool-sd:delta={d},nu=0,draft_length={n}" for d in (1.05, 1.1, 1.2, 1.4, 1.8, 2.5)],
-        "budget": [f"cool-sd:budget={b},draft_length={n}" for b in (0.5, 1, 2, 4, 8, 16, 32)],
-        "lantern++": [f"lantern-plus-plus:k={k},lam={m},{end}" for k, m in ((5, 1.5), (5, 2), (10, 2), (10, 5), (5, 20))],
-        "lantern": [f"lantern:k={k},delta={d},{end}" for k, d in ((100, 0.02), (100, 0.05), (100, 0.1), (1000, 0.2))],
-        "grouped": [f"grouped:group={g},radius={r},{end}" for g, r in ((3, 0.5), (10, 0.5), (10, 2), (50, 0.5), (50, 4))],
+        "clamped": [f"cool-sd:delta={d},draft_length={n}" for d in (1.1, 1.6, 2, 3, 5, 10, 30)],
+        "published": [f"cool-sd-published:delta={d},draft_length={n}" for d in (1.1, 2, 5)],
+        "uniform": [f"cool-sd:delta={d},nu=0,draft_length={n}" for d in (1.2, 1.8, 3, 6)],
+        "budget": [f"cool-sd:budget={b},draft_length={n}" for b in (1, 4, 8, 16)],
+        "lantern++": [f"lantern-plus-plus:k={k},lam={m},{end}" for k, m in ((10, 5), (100, 20), (1000, 20), (1000, 1000))],
+        "lantern": [f"lantern:k={k},delta={d},{end}" for k, d in ((100, 0.02), (100, 0.1), (1000, 0.2))],
+        "grouped": [
+            f"grouped:group={g},radius={r},spread={s},{end}"
+            for g, r, s in ((10, 2, 0.15), (50, 4, 0.15), (200, 4, 2), (1000, 4, 2))
+        ],
     }
     base = f"eagle:draft_length={n},coupling=rejection"
     found = measured(pipe, [base, *(name for names in families.values() for name in names)], arguments)
-    print("\n" + table(HEAD, rows_of(found)))
-    return {"families": families, "figures": {name: f.as_dict() for name, f in found.items()}}
+    rows = rows_of(found)
+    for row, f in zip(rows, found.values(), strict=True):
+        saved, cost = found[base].passes.sum() - f.passes.sum(), f.changed.sum()
+        row += [f"{saved / cost:.2f}" if cost else "", f"{refusals_say(found[base], f, n):.3f}"]
+    print("\n" + table([*HEAD, "passes saved per changed", "refusals say"], rows))
+    curve = [found[name] for name in (base, *families["clamped"])]
+    rivals = [name for family in ("uniform", "lantern++", "lantern", "grouped", "published") for name in families[family]]
+    against = {name: at_equal_cost(curve, found[name]) for name in rivals}
+    shown = [
+        [name, f"{found[name].changed.mean():.2f}", f"{x:.3f}", f"{a:.3f}-{b:.3f}"] for name, (x, a, b) in against.items()
+    ]
+    print("\n" + table(["rival", "changed", "clamped COOL-SD, tokens/pass, ratio", "95 %"], shown))
+    return {"families": families, "figures": {name: f.as_dict() for name, f in found.items()}, "clamped_against": against}
 
 
 def hybrid(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -282,7 +185,7 @@ def hybrid(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     pairs = {
         f"hybrid:draft_length={n},window={window}{extra}": f"sjd:window={window}"
         for window in (8, 16, 32)
-        for n, extra in ((1, ""), (2, ""), (4, ""), (4, ",weight=none"))
+        for n, extra in ((1, ""), (2, ""), (4, ""), (2, ",weight=none"))
     }
     names = [*alone, *dict.fromkeys(pairs.values()), *pairs, "eagle:draft_length=4,coupling=rejection"]
     found = measured(pipe, names, arguments)
