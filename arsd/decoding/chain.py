@@ -95,15 +95,16 @@ class ChainDrafter(ModelDrafter):
             raise StrategyError(f"a window of {self.window} has no room for {length} drafted tokens")
 
     def propose(self, step: Step) -> Draft:
-        """``length`` guesses of every row."""
-        positions = step.positions[:, : self.length]
-        if not self.length:
+        """``length`` guesses of every row, or as many as this pass has room for."""
+        length = min(self.length, step.positions.shape[1] - 1)
+        positions = step.positions[:, :length]
+        if not length:
             empty = torch.zeros(*positions.shape, self.laws.grammar.vocab, dtype=torch.float64, device=positions.device)
             return Draft(positions, empty if self.needs_law else None)
         logits = self.catch_up(step)
         laws: list[Law] = []
         tokens: list[Tensor] = []
-        for j in range(self.length):
+        for j in range(length):
             if j:
                 logits = self.model.extend(tokens[-1][:, 0])
             law = self.laws(logits[:, :, None], positions[:, j : j + 1])
