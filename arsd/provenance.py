@@ -47,6 +47,15 @@ def model_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def drafter_hash(drafter: torch.nn.Module) -> str:
+    """SHA-256 over the names and float32 values of a drafter's weights (64 hex digits)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def pack_tokens(tokens: Tensor) -> str:
     """Token ids [N] as text: little-endian uint32, deflated, base64."""
     return base64.b64encode(zlib.compress(tokens.cpu().numpy().astype("<u4").tobytes(), 9)).decode()
@@ -85,6 +94,7 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
         "decoder": str(decoder),
         "lossless": decoder.lossless,
         "seed_exact": decoder.seed_exact,
+        "drafter_hash": _drafter_that_matters(pipe, decoder),
         "batch": stats.batch,
         "pass_tokens": stats.pass_tokens,
         "sampling": asdict(output.law_config),
@@ -99,6 +109,12 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
         "near_ties": stats.near_ties[index],
         "expected_changed_tokens": stats.expected_changed_tokens[index],
     }
+
+
+def _drafter_that_matters(pipe: Any, decoder: Any) -> str | None:
+    """The hash of the drafter where it can show in the picture; under a seed-exact strategy it cannot."""
+    drafter = getattr(pipe, "drafter", None)
+    return None if drafter is None or decoder.seed_exact else drafter_hash(drafter)
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overwrite: bool = False) -> None:
