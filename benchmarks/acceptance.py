@@ -63,11 +63,15 @@ class Figures:
 
 
 def at_equal_cost(curve: list[Figures], rival: Figures) -> tuple[float, float, float]:
-    """How many times the rival's tokens per pass a curve has at the rival's changed tokens, with 95 % (paired)."""
+    """How many times the rival's tokens per pass a curve has at the rival's changed tokens, with 95 % (paired).
+
+    A rival that costs more than all of the curve is held against its end.
+    """
 
     def ratio(pick: np.ndarray) -> float:
         cost, passes = (np.array([getattr(f, name)[pick].sum() for f in curve]) for name in ("changed", "passes"))
-        return float(rival.passes[pick].sum() / np.interp(rival.changed[pick].sum(), cost, passes))
+        order = cost.argsort()
+        return float(rival.passes[pick].sum() / np.interp(rival.changed[pick].sum(), cost[order], passes[order]))
 
     draws = np.random.default_rng(0).integers(len(rival.passes), size=(2000, len(rival.passes)))
     low, high = np.quantile([ratio(pick) for pick in draws], [0.025, 0.975])
