@@ -176,7 +176,7 @@ class RowCache(Cache):
 STEP = 64  # attended slots come in multiples of it
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def harmless_step(
     rows: int, heads: int, kv_heads: int, num_tokens: int, size: int, head_dim: int, dtype: torch.dtype, device: str
 ) -> int | None:

@@ -47,10 +47,10 @@ def model_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def drafter_hash(drafter: torch.nn.Module) -> str:
-    """SHA-256 over the names and float32 values of a drafter's weights (64 hex digits)."""
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 over the names and float32 values of a module's weights (64 hex digits)."""
     digest = hashlib.sha256()
-    for name, value in sorted(drafter.state_dict().items()):
+    for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -114,7 +114,7 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
 def _drafter_that_matters(pipe: Any, decoder: Any) -> str | None:
     """The hash of the drafter where it can show in the picture; under a seed-exact strategy it cannot."""
     drafter = getattr(pipe, "drafter", None)
-    return None if drafter is None or decoder.seed_exact else drafter_hash(drafter)
+    return None if drafter is None or decoder.seed_exact else weights_hash(drafter)
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overwrite: bool = False) -> None:

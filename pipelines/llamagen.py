@@ -218,6 +218,8 @@ class LlamaGenPipeline(ARImagePipeline):
             return EagleDraftModel(drafter, *parts, condition, total, window, padding, batch)
 
         def make_small(window: int) -> DraftModel:
+            if drafter.num_tokens != total:
+                raise InputError(f"the drafter draws {drafter.num_tokens} tokens, the model {total}: they must be the same")
             maker = self.target_maker(*inputs(model=drafter)[:2], model=drafter)
             return SmallARDrafter(maker(max(window, 2), batch), window)
 

@@ -102,6 +102,49 @@ def test_a_drafter_is_added_to_a_pipeline_folder(tmp_path):
         training.add_drafter(eagle(pipe), tmp_path / "elsewhere")
 
 
+def test_a_run_folder_belongs_to_one_model_and_one_loss(tmp_path, captions):
+    options = {"minutes": 0.02, "pictures": 4, "batch": 2}
+    pipe = hushed(text_pipeline())
+    training.train_drafter(pipe, tmp_path, **options)
+    other = hushed(text_pipeline())
+    with torch.no_grad():
+        other.transformer.lm.lm_head.weight[0, 0] += 1
+    for model, changed, says in (
+        (other, {}, "transformer"),
+        (pipe, {"loss": DrafterLoss(depth=2)}, "loss"),
+        (pipe, {"captions": [*PROMPTS, "pear"]}, "captions"),
+        (pipe, {"batch": 3}, "batch"),
+    ):
+        with pytest.raises(DataError) as error:
+            training.train_drafter(model, tmp_path, **{**options, **changed})
+        one_clear_line(error.value, f"another {says}")
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(DataError, match="damaged"):
+        training.train_drafter(pipe, tmp_path, **options)
+
+
+def test_captions_of_ones_own_are_split(tmp_path):
+    words = [f"pear {i}" for i in range(45)]
+    trained, held = training.split_captions(words)
+    assert held == ["pear 0", "pear 20", "pear 40"] and sorted(trained + held) == sorted(words)
+    training.train_drafter(hushed(text_pipeline()), tmp_path, minutes=0.01, pictures=4, batch=2, captions=["red", "blue"])
+    assert set(torch.load(tmp_path / "samples.pt", weights_only=True)["captions"]) == {"blue"}
+    with pytest.raises(DataError, match="too few"):
+        training.split_captions(["pear"])
+
+
+def test_a_drafter_goes_into_a_folder_of_its_own_model_only(tmp_path):
+    pipe = text_pipeline()
+    pipe.save_pretrained(tmp_path / "own")
+    own = arsd.AutoARPipeline.from_pretrained(tmp_path / "own")
+    training.check_folder(tmp_path / "own", own)
+    with torch.no_grad():
+        pipe.transformer.lm.lm_head.weight[0, 0] += 1
+    pipe.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="another model"):
+        training.check_folder(tmp_path / "other", own)
+
+
 def test_mistakes_in_training_are_one_clear_error(tmp_path, captions):
     pipe = hushed(text_pipeline())
     for options, says in (({"minutes": 0}, "minutes"), ({"pictures": 0}, "pictures"), ({"batch": 0}, "batch")):

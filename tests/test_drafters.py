@@ -16,7 +16,7 @@ from arsd import EagleDrafter
 from arsd.decoding.chain import ModelDrafter
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DraftModel
-from arsd.errors import ArsdError, InputError, StrategyError
+from arsd.errors import ArsdError, InputError, NonFiniteLogitsError, StrategyError
 from arsd.models.eagle_draft import EagleDraftModel
 from arsd.training.drafter import DrafterLoss, DrafterTask
 
@@ -61,6 +61,32 @@ def test_guess_number_j_reads_what_run_j_of_the_training_read(double):
                 torch.testing.assert_close(logits, runs[j][:, :, first + n + j], rtol=0, atol=1e-9)
                 if n + j < TOKENS - 1:
                     logits = model.extend(tokens[:, n + j])
+
+
+def test_a_round_uploads_little_however_long_the_chain(double, monkeypatch):
+    """Each small tensor made from host numbers makes a GPU wait: two a round, for the chain and for the model's place."""
+    made, original = [], torch.tensor
+    for decoder in ("eagle:draft_length=2", "eagle:draft_length=7", "eagle:tree=2x1x1", "hybrid:window=8"):
+        double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent")  # tables are made once
+        monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or original(*args, **options))
+        made.clear()
+        passes = double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent").stats.forward_passes
+        monkeypatch.undo()
+        assert passes >= 4 and len(made) <= 2 * passes + 24, decoder  # and prompts, conditions, noise
+
+
+@pytest.mark.parametrize(
+    "decoder", ["cool-sd:budget=2", "lantern:k=5", "eagle", "eagle:coupling=rejection,tree=2x1", "hybrid"]
+)
+def test_a_drafter_of_nans_is_an_error_and_what_was_made_is_kept(decoder):
+    pipe = drafting(text_pipeline())
+    with torch.no_grad():
+        pipe.drafter.fc.weight.fill_(torch.nan)
+    for given in (decoder, [decoder, "ar", "ar", "ar"]) if "tree" not in decoder else (decoder,):
+        with pytest.raises(NonFiniteLogitsError) as error:
+            pipe(PROMPTS, decoder=given, generator=seeded(0))
+        one_clear_line(error.value, "the drafter returned NaN")
+        assert error.value.tokens.shape == (4, TOKENS)
 
 
 def test_a_draft_model_reads_what_was_committed_and_little_more(double, monkeypatch):
@@ -223,11 +249,13 @@ def test_without_a_drafter_there_is_one_clear_error(decoder):
 
 def test_a_drafter_of_another_model_is_refused():
     pipe = text_pipeline()
-    wrong = [EagleDrafter(hidden_size=32, num_heads=2, intermediate_size=64), "eagle"]
-    for drafter in wrong[:1]:
+    for drafter, says in (
+        (EagleDrafter(hidden_size=32, num_heads=2, intermediate_size=64), "another model"),
+        (tiny_transformer("text", grid=8), "tokens, the model 16"),
+    ):
         with pytest.raises(InputError) as error:
             drafting(pipe, drafter)("red apple", decoder="eagle")
-        one_clear_line(error.value, "another model")
+        one_clear_line(error.value, says)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +268,8 @@ def test_a_drafter_of_another_model_is_refused():
         ("hybrid:init=middle", "init"),
         ("hybrid:weight=-1", "weight"),
         ("hybrid:window=8,pass_tokens=4", "pass_tokens"),
+        ("speculative:drafter=draft-model:length=2", "length"),
+        ("speculative:drafter=tree:shape=2x1,rule=siblings,pass_tokens=0", "pass_tokens"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(text, says):
@@ -248,10 +278,32 @@ def test_options_that_make_no_sense_are_refused(text, says):
     one_clear_line(error.value, says)
 
 
+@pytest.mark.parametrize(
+    ("drafter", "says"),
+    [
+        ("hybrid:length=abc", "length must be a whole number"),
+        ("hybrid:length=0", "length must be a whole number"),
+        ("hybrid:weight=abc", "weight must be a number"),
+        ("hybrid:init=foo", "unknown init 'foo'"),
+    ],
+)
+def test_options_of_drafters_are_refused_when_the_call_begins(pipe, drafter, says):
+    with pytest.raises(StrategyError) as error:
+        pipe(**inputs(pipe), decoder=f"speculative:drafter={drafter},window=6", output_type="latent")
+    one_clear_line(error.value, says)
+
+
+def test_registered_drafters_with_a_model_give_plain_ars_tokens(pipe):
+    plain = codes(pipe, **inputs(pipe), decoder="ar")
+    for drafter in ("draft-model,window=4", "hybrid:length=2,window=6", "tree:shape=2x1,rule=seed-exact-tree,pass_tokens=8"):
+        assert torch.equal(codes(pipe, **inputs(pipe), decoder=f"speculative:drafter={drafter}"), plain), drafter
+
+
 def test_blocks_and_inputs_that_do_not_exist_are_refused():
-    for options in ({"block": "mamba"}, {"condition_inputs": "none"}):
-        with pytest.raises(ArsdError):
-            EagleDrafter(hidden_size=64, num_heads=2, intermediate_size=64, **options)
+    for options in ({"block": "mamba"}, {"condition_inputs": "none"}, {"num_heads": 3}, {"num_heads": "2"}):
+        with pytest.raises(ArsdError) as error:
+            EagleDrafter(**{"hidden_size": 64, "num_heads": 2, "intermediate_size": 64, **options})
+        one_clear_line(error.value, next(iter(options)))
 
 
 def test_the_protocol_is_kept(double):

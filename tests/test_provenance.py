@@ -17,7 +17,7 @@ from tiny_pipeline import CLASSES, TOKENS, class_pipeline, hushed, one_clear_lin
 from arsd import SJD, AutoARPipeline, Autoregressive, LlamaGenPipeline, LlamaGenTransformer, VQTokenizer
 from arsd.errors import ArsdError, CheckpointError, InputError
 from arsd.pipelines.auto import find_model, shipped_models
-from arsd.provenance import KEY, drafter_hash, model_hash, pack_tokens, read_png, save_png, tokens_sha256, unpack_tokens
+from arsd.provenance import KEY, model_hash, pack_tokens, read_png, save_png, tokens_sha256, unpack_tokens, weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +196,11 @@ def test_a_record_names_the_drafter_where_it_can_show_in_the_picture(copy):
     hashes = []
     for decoder in ("eagle", "cool-sd", "eagle:coupling=rejection"):
         hashes.append(pipe.record(pipe("red apple", decoder=decoder, **options), 0)["drafter_hash"])
-    assert hashes[0] is None and hashes[1] == hashes[2] == drafter_hash(pipe.drafter) and len(hashes[1]) == 64
-    assert drafter_hash(pipe.drafter.double()) == hashes[1]
+    assert hashes[0] is None and hashes[1] == hashes[2] == weights_hash(pipe.drafter) and len(hashes[1]) == 64
+    assert weights_hash(pipe.drafter.double()) == hashes[1]
     with torch.no_grad():
         pipe.drafter.fc.weight[0, 0] += 1
-    assert drafter_hash(pipe.drafter) != hashes[1]
+    assert weights_hash(pipe.drafter) != hashes[1]
 
 
 def test_the_model_hash_follows_weights_and_vocabulary_and_nothing_else(copy, folders):

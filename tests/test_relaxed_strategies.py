@@ -66,6 +66,22 @@ def test_a_relaxed_strategy_names_its_rule_for_jacobi_guesses(pipe):
     assert torch.equal(codes(pipe, **inputs(pipe), decoder=named), codes(pipe, **inputs(pipe), decoder=text))
     with pytest.raises(StrategyError, match="must name a rule"):
         arsd.SJD(acceptance=arsd.Eagle())
+    with pytest.raises(StrategyError, match="leave out tree"):
+        arsd.SJD(acceptance=arsd.CoolSD(tree="3x2x1"))
+
+
+def test_the_word_none_is_a_value(pipe):
+    given = arsd.CoolSD(delta=2.5, normalize="none")
+    tokens = codes(pipe, **inputs(pipe), decoder=given)
+    for text in ("cool-sd:delta=2.5,normalize=none", str(given)):
+        assert torch.equal(codes(pipe, **inputs(pipe), decoder=text), tokens)
+    assert not arsd.SJD(acceptance=given).lossless
+    assert not torch.equal(codes(pipe, **inputs(pipe), decoder="cool-sd:delta=2.5"), tokens)
+
+
+def test_a_schedule_that_falls_to_nothing_is_one_for_trees_too(pipe):
+    steep = "cool-sd-published:nu=1000,tree=2x1x1"
+    assert codes(pipe, **inputs(pipe), decoder=steep).shape == (4, TOKENS)
 
 
 @pytest.mark.parametrize(

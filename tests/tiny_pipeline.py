@@ -21,7 +21,7 @@ CONDITION_TOKENS, CAPTION_DIM = 6, 32
 CAPTIONS = [["red apple"], ["green pear", "a pear"], ["dog face"], ["blue heart"]]
 
 
-def tiny_transformer(condition: str, seed: int = 0) -> LlamaGenTransformer:
+def tiny_transformer(condition: str, seed: int = 0, grid: int = GRID) -> LlamaGenTransformer:
     """Two layers of width 64 whose random laws are far from uniform and depend on the context."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -31,7 +31,7 @@ def tiny_transformer(condition: str, seed: int = 0) -> LlamaGenTransformer:
             num_layers=2,
             num_heads=2,
             intermediate_size=128,
-            grid=GRID,
+            grid=grid,
             condition=condition,
             condition_tokens=1 if condition == "class" else CONDITION_TOKENS,
             caption_dim=CAPTION_DIM,

@@ -33,6 +33,8 @@ def add_parser(commands: Any) -> None:
     drafter.add_argument("--model", default="emoji-128", help="a shipped name, a pipeline folder or a hub id")
     drafter.add_argument("--out", type=Path, default=Path("runs/drafter"))
     drafter.add_argument("--into", type=Path, metavar="DIR", help="also add the drafter to this pipeline folder")
+    drafter.add_argument("--captions", metavar="FILE", help="one caption per line (default: the emoji list)")
+    drafter.add_argument("--device", default="cpu", help="auto, cpu, cuda, ...")
     drafter.add_argument("--minutes", type=float, default=60, help="of training, after the pictures are drawn")
     drafter.add_argument("--pictures", type=int, default=3000, help="drawn with the model first")
     drafter.add_argument("--batch", type=int, default=8)
@@ -68,6 +70,8 @@ def run_vq(arguments: argparse.Namespace) -> int:
 
 def run_drafter(arguments: argparse.Namespace) -> int:
     """Stage ``drafter``."""
+    from arsd.cli.common import read_prompts
+    from arsd.devices import resolve_device
     from arsd.pipelines.auto import AutoARPipeline
     from arsd.training.drafter import DrafterLoss, add_drafter, check_folder, ship_drafter, train_drafter
 
@@ -78,10 +82,12 @@ def run_drafter(arguments: argparse.Namespace) -> int:
         guided=not arguments.unguided,
         depth=arguments.depth,
     )
+    captions = None if arguments.captions is None else read_prompts([], arguments.captions)
+    pipe = AutoARPipeline.from_pretrained(arguments.model).to(resolve_device(arguments.device))
     if arguments.into is not None:
-        check_folder(arguments.into)
-    pipe = AutoARPipeline.from_pretrained(arguments.model)
+        check_folder(arguments.into, pipe)
     options = {"minutes": arguments.minutes, "pictures": arguments.pictures, "batch": arguments.batch, "loss": loss}
+    options |= {"captions": captions}
     drafter = train_drafter(pipe, arguments.out, **options)
     ship_drafter(drafter, arguments.out / "drafter")
     print(f"drafter in {arguments.out / 'drafter'}/")

@@ -10,6 +10,7 @@ from torch import Tensor
 from arsd.decoding.drafters import Jacobi, redraft_by_rule
 from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
+from arsd.decoding.options import number, whole
 from arsd.decoding.strategies import Setting
 from arsd.decoding.types import Draft, DraftModel, Step, Target, Verdict
 from arsd.errors import StrategyError
@@ -110,7 +111,9 @@ class ChainDrafter(ModelDrafter):
             law = self.laws(logits[:, :, None], positions[:, j : j + 1])
             tokens.append(self._draw(step, law, j))
             laws.append(law)
-        return Draft(torch.cat(tokens, dim=1), torch.cat([law.probs for law in laws], dim=1) if self.needs_law else None)
+        q = torch.cat([law.probs for law in laws], dim=1) if self.needs_law else None
+        finite = torch.cat([law.finite() for law in laws], dim=1)
+        return Draft(torch.cat(tokens, dim=1), q, broken=(~finite & step.active[:, :length]).any(1))
 
     def _draw(self, step: Step, law: Law, j: int) -> Tensor:
         """Guess j of every row [B, 1]."""
@@ -138,11 +141,17 @@ class HybridDrafter:
         length: guesses of the model.
         weight: of the model's law against that of the last pass; ``None`` leaves out the latter.
         init: what a Jacobi slot holds when it enters the window.
+
+    Raises:
+        StrategyError: for a value out of range, or where there is no draft model.
     """
 
     needs_law = False
 
     def __init__(self, setting: Setting, length: int = 4, weight: float | None = 0.05, init: str = "uniform") -> None:
+        whole("length", length, 1)
+        if weight is not None:
+            number("weight", weight, 0, otherwise=" or none")
         call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
         self.front = _Front(replace(setting, rule=None), min(length, setting.window - 1), weight)
         self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device)
@@ -153,8 +162,8 @@ class HybridDrafter:
 
     def propose(self, step: Step) -> Draft:
         """The model's guesses, then the iterates."""
-        front, rest = self.front.propose(step).tokens, self.rest.propose(step).tokens
-        return Draft(torch.cat([front, rest[:, front.shape[1] :]], dim=1))
+        front, rest = self.front.propose(step), self.rest.propose(step).tokens
+        return Draft(torch.cat([front.tokens, rest[:, front.tokens.shape[1] :]], dim=1), broken=front.broken)
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Both learn the outcome."""

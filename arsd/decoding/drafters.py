@@ -9,9 +9,11 @@ from torch import Tensor
 
 from arsd.decoding.laws import Grammar, Law
 from arsd.decoding.noise import Noise, Purpose
+from arsd.decoding.options import one_of
 from arsd.decoding.types import Draft, Step, Verdict
 
 Redraft = Callable[[Step, Law, Verdict], Tensor]
+INITS = ("uniform", "left", "above", "random")
 
 
 def redraft_by_rule(step: Step, law: Law, verdict: Verdict) -> Tensor:
@@ -64,6 +66,9 @@ class Jacobi:
         row_length: tokens per line of the picture.
         grammar: forced and allowed ids.
         noise: for the initial draws.
+
+    Raises:
+        StrategyError: for an unknown ``init``.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Jacobi:
         noise: Noise,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.redraft, self.init, self.needs_law = redraft, init, needs_law
+        self.redraft, self.init, self.needs_law = redraft, one_of("init", init, INITS), needs_law
         self.num_tokens, self.row_length, self.grammar = num_tokens, row_length, grammar
         self.noise = noise
         self.guesses = torch.zeros(batch, num_tokens + window, dtype=torch.int64, device=device)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from arsd.decoding.lantern import CHUNK, codebook_of, one_of_residuals, whole
-from arsd.decoding.relaxed import number
+from arsd.decoding.lantern import CHUNK, RESIDUALS, codebook_of
+from arsd.decoding.options import number, one_of, whole
 from arsd.decoding.rules import ChainRule, Slots, _residual
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class GroupedRule(ChainRule):
     """
 
     def __init__(self, group: int = 10, spread: float = 0.15, radius: float = 0.5, residual: str = "optimal") -> None:
-        self.group, self.own = whole("group", group, 1), one_of_residuals(residual) == "own"
+        self.group, self.own = whole("group", group, 1), one_of("residual", residual, RESIDUALS) == "own"
         self.spread, self.radius = number("spread", spread, 0), number("radius", radius, 0)
         self.codes: Tensor | None = None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from arsd.decoding.relaxed import number
+from arsd.decoding.options import number, one_of, whole
 from arsd.decoding.rules import ChainRule, Slots
 from arsd.errors import StrategyError
 
@@ -65,28 +65,6 @@ def codebook_of(setting: Setting, name: str) -> Tensor:
     return codes.detach().to(setting.device)
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """A whole option of at least ``least``.
-
-    Raises:
-        StrategyError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise StrategyError(f"{name} must be a whole number >= {least}, not {value!r}")
-    return value
-
-
-def one_of_residuals(value: Any) -> str:
-    """A choice of residual.
-
-    Raises:
-        StrategyError: for anything else.
-    """
-    if value not in RESIDUALS:
-        raise StrategyError(f"unknown residual {value!r}: choose from {', '.join(RESIDUALS)}")
-    return str(value)
-
-
 class LanternRule(ChainRule):
     """LANTERN (Jang et al., ICLR 2025, arXiv 2410.03355): accept with min(1, S(d) / q(d)); not lossless.
 
@@ -113,7 +91,7 @@ class LanternRule(ChainRule):
 
     def __init__(self, k: int = 1000, delta: float = 0.2, residual: str = "own") -> None:
         self.k, self.delta = whole("k", k, 1), number("delta", delta, 0)
-        self.own = one_of_residuals(residual) == "own"
+        self.own = one_of("residual", residual, RESIDUALS) == "own"
         self.neighbours: Tensor | None = None
 
     def bind(self, setting: Setting) -> None:

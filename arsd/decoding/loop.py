@@ -16,6 +16,8 @@ from arsd.decoding.trees import followed, laid_out
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Target, Verdict
 from arsd.errors import NonFiniteLogitsError, StrategyError
 
+DRAFTER_FAULT = 2  # what a row reports when it is the draft model whose logits are broken
+
 
 @dataclass
 class DecodeResult:
@@ -163,11 +165,13 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             positions, active_laws = laid_out(step, draft.tree)
             law = laws(logits[:, :, : positions.shape[1]], positions)
             verdict = parts.rule.verify(step, law, draft)
-            broken = (~law.finite() & active_laws).any(1)
-            counts, bad = torch.stack([verdict.count, broken.long()]).tolist()  # the one device-to-host read of a round
+            faults = (~law.finite() & active_laws).any(1).long()
+            if draft.broken is not None:
+                faults = torch.where(draft.broken & (faults == 0), DRAFTER_FAULT, faults)
+            counts, bad = torch.stack([verdict.count, faults]).tolist()  # the one device-to-host read of a round
         if any(bad):
             watch.close()
-            raise _broken(rows, rows.held[bad.index(1)])
+            raise _broken(rows, bad)
         with watch("other"):
             law, draft = followed(law, draft, verdict.path)
             if laws.grammar.any_forced:
@@ -210,9 +214,11 @@ def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
     return passes
 
 
-def _broken(rows: _Rows, picture: int) -> NonFiniteLogitsError:
+def _broken(rows: _Rows, faults: list[int]) -> NonFiniteLogitsError:
+    row = next(b for b, fault in enumerate(faults) if fault)
+    picture, who = rows.held[row], "the drafter" if faults[row] == DRAFTER_FAULT else "the model"
     where = f"picture {picture} after {rows.done[picture]} tokens"
-    message = f"the model returned NaN or infinite logits in {where}: check the weights, or use float32"
+    message = f"{who} returned NaN or infinite logits in {where}: check the weights, or use float32"
     return NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.done))
 
 

@@ -94,7 +94,8 @@ class MixedDrafter:
         for g, draft in enumerate(drafts):
             part = tokens[:, : draft.tokens.shape[1]]
             part.copy_(torch.where(groups.rows(g), draft.tokens, part))
-        return MixedDraft(tokens, members=drafts)
+        broken = [draft.broken for draft in drafts if draft.broken is not None]  # of a strategy's own rows only
+        return MixedDraft(tokens, broken=torch.stack(broken).any(0) if broken else None, members=drafts)
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""

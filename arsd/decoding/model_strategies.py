@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks it up in a component's module
 
 from arsd.decoding.chain import ChainDrafter, HybridDrafter
+from arsd.decoding.drafters import INITS
+from arsd.decoding.options import number, one_of, whole
 from arsd.decoding.registry import register_drafter
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.siblings import SeedExactTree, SiblingSampling
-from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole, auto_window
+from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, auto_window
 from arsd.decoding.tree_drafter import TreeDrafter
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
 
-register_drafter("draft-model")(ChainDrafter)
+
+@register_drafter("draft-model")
+def chain_of_a_window(setting: Setting) -> ChainDrafter:
+    """A chain of the draft model's guesses that fills the window."""
+    return ChainDrafter(setting)
+
+
 register_drafter("hybrid")(HybridDrafter)
 
 
@@ -49,8 +56,7 @@ class Eagle(DecodingStrategy):
         pass_tokens: int | None = None,
     ) -> None:
         check_length(draft_length, pass_tokens, tree)
-        if coupling not in self._RULES:
-            raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._RULES)}")
+        one_of("coupling", coupling, tuple(self._RULES))
 
     @property
     def seed_exact(self) -> bool:  # type: ignore[override]
@@ -90,15 +96,14 @@ class Hybrid(DecodingStrategy):
         init: str = "uniform",
         pass_tokens: int | None = None,
     ) -> None:
-        _whole("draft_length", draft_length, 1)
-        if weight is not None and (isinstance(weight, (bool, str)) or not 0 <= weight < inf):
-            raise StrategyError(f"weight must be a number >= 0 or none, not {weight!r}")
-        if window != "auto" and _whole("window", window, 2) <= draft_length:
+        whole("draft_length", draft_length, 1)
+        if weight is not None:
+            number("weight", weight, 0, otherwise=" or none")
+        if window != "auto" and whole("window", window, 2, " or auto") <= draft_length:
             raise StrategyError(f"window ({window}) must be more than draft_length ({draft_length})")
         if pass_tokens is not None:
-            _whole("pass_tokens", pass_tokens, draft_length + 1 if window == "auto" else int(window))
-        if init not in ("uniform", "left", "above", "random"):
-            raise StrategyError(f"unknown init {init!r}: choose from uniform, left, above, random")
+            whole("pass_tokens", pass_tokens, draft_length + 1 if window == "auto" else int(window))
+        one_of("init", init, INITS)
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
@@ -113,11 +118,11 @@ class Hybrid(DecodingStrategy):
 
 def check_length(draft_length: int, pass_tokens: int | None, tree: str | int | None = None) -> None:
     """Raise StrategyError for lengths that make no sense."""
-    _whole("draft_length", draft_length, 1)
+    whole("draft_length", draft_length, 1)
     least, what = draft_length + 1, "draft_length + 1"
     if tree is not None:
         least, what = TreeShape.parse(tree).columns, f"the columns of tree {tree}"
-    if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < least:
+    if pass_tokens is not None and whole("pass_tokens", pass_tokens, 1) < least:
         raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least {what} ({least})")
 
 

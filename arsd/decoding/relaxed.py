@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from arsd.decoding.options import number, one_of
 from arsd.decoding.rules import ChainRule, Slots, _verdict
 from arsd.decoding.types import Draft, Step, Verdict
 from arsd.errors import StrategyError
@@ -21,20 +22,8 @@ if TYPE_CHECKING:
     from arsd.decoding.strategies import Setting
 
 MOST = 1e30  # the largest factor: takes all that p allows at all, and is finite in float32
+LEAST = 1e-300  # the smallest: takes nothing, and is no 0
 SLACK = 1e-13  # what a slot leaves of its allowance for rounding, so that a budget holds to the last bit
-
-
-def number(name: str, value: Any, least: float, open_end: bool = False) -> float:
-    """A finite option of at least ``least``, or above it when ``open_end``.
-
-    Raises:
-        StrategyError: for anything else.
-    """
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least or (open_end and value == least):
-        wanted = "a number" if least == -math.inf else f"a number {'>' if open_end else '>='} {least:g}"
-        raise StrategyError(f"{name} must be {wanted}, not {value!r}")
-    return float(value)
 
 
 class CoolSDRule(ChainRule):
@@ -69,16 +58,15 @@ class CoolSDRule(ChainRule):
         self,
         delta: float = 1.1,
         nu: float = 0.7,
-        normalize: str = "mean",
+        normalize: str | None = "mean",
         floor: float = 1.0,
         budget: float | None = None,
     ) -> None:
         self.delta, self.nu = number("delta", delta, 0, open_end=True), number("nu", nu, -math.inf)
         self.floor = number("floor", floor, 0)
         self.budget = None if budget is None else number("budget", budget, 0)
-        if normalize not in ("mean", "none"):
-            raise StrategyError(f"unknown normalize {normalize!r}: choose from mean, none")
-        self.normalize = normalize
+        # the command line reads the word none as nothing
+        self.normalize = one_of("normalize", "none" if normalize is None else normalize, ("mean", "none"))
         self._schedules: dict[int, Tensor] = {}
         self._spent: Tensor | None = None  # [B] of the picture in each row
         self._num_tokens = 0
@@ -98,7 +86,7 @@ class CoolSDRule(ChainRule):
         decay = -self.nu * torch.arange(length, dtype=torch.float64)
         if self.normalize == "mean":  # in the log domain: a long or steep schedule must not overflow
             decay = decay - (torch.logsumexp(decay, 0) - math.log(max(1, length)))
-        return (self.delta * decay.exp()).clamp(self.floor, MOST)
+        return (self.delta * decay.exp()).clamp(max(self.floor, LEAST), MOST)
 
     def verify(self, step: Step, law: Any, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
@@ -141,7 +129,7 @@ class PublishedCoolSDRule(CoolSDRule):
     Args: those of :class:`CoolSDRule` that the paper has.
     """
 
-    def __init__(self, delta: float = 1.1, nu: float = 0.7, normalize: str = "mean") -> None:
+    def __init__(self, delta: float = 1.1, nu: float = 0.7, normalize: str | None = "mean") -> None:
         super().__init__(delta, nu, normalize, floor=0.0)
 
 

@@ -69,7 +69,7 @@ class CoolSD(RelaxedStrategy):
         delta: float = 1.1,
         nu: float = 0.7,
         draft_length: int = 4,
-        normalize: str = "mean",
+        normalize: str | None = "mean",
         floor: float = 1.0,
         budget: float | None = None,
         tree: str | int | None = None,
@@ -103,7 +103,7 @@ class PublishedCoolSD(CoolSD):
         delta: float = 1.1,
         nu: float = 0.7,
         draft_length: int = 4,
-        normalize: str = "mean",
+        normalize: str | None = "mean",
         tree: str | int | None = None,
         pass_tokens: int | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
-from arsd.decoding.rules import NEAR_TIE
+from arsd.decoding.rules import NEAR_TIE, SeedExact
 from arsd.decoding.trees import TreeShape, TreeTables, tables
 from arsd.decoding.types import Draft, Outcome, Step, Verdict
 from arsd.errors import StrategyError
@@ -104,6 +104,8 @@ class SeedExactTree:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
+        if draft.tree is None:  # which also gives the slots behind the first refusal their tokens
+            return SeedExact().verify(step, law, draft)
         walk, scores = _Walk(step, draft), law.scores
         gumbel = step.token_gumbel(scores.shape[-1], scores.dtype)[:, walk.tables.depths]
         noisy = scores + gumbel

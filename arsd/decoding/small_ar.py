@@ -25,8 +25,9 @@ class SmallARDrafter:
     def __init__(self, model: Any, pass_tokens: int) -> None:
         self.model, self.pass_tokens = model, max(2, pass_tokens)
         self.fresh: set[int] = set(range(model.batch))  # rows whose condition is not read
-        self.lengths = torch.zeros(model.batch, dtype=torch.int64, device=model.device)
+        self.lengths = torch.zeros(model.batch, dtype=torch.int64, device=model.device)  # tokens read, and on the host
         self.starts = [0] * model.batch
+        self.rows, self.origin = torch.arange(model.batch, device=model.device), torch.zeros_like(self.lengths)
 
     def begin(self, target: Target) -> None:
         """Nothing of the target is read.
@@ -44,11 +45,14 @@ class SmallARDrafter:
         if new and self.model.unread:
             self.model.prefill([-self.model.unread if b in new else n for b, n in enumerate(starts)], self.pass_tokens)
         self.fresh -= new
-        return self._pass(tokens, starts, columns)
+        self.starts = starts
+        # all that a round sends to the device: every upload of its own would wait for the pass before
+        self.lengths, last = torch.tensor([starts, columns], device=self.model.device)
+        return self._pass(tokens, last, columns)
 
     def extend(self, tokens: Tensor) -> Tensor:
         """See :class:`arsd.decoding.types.DraftModel`."""
-        return self._pass(tokens[:, None], self.starts, [0] * len(tokens))
+        return self._pass(tokens[:, None], self.origin, [0] * len(tokens))
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """See :class:`arsd.decoding.types.DraftModel`."""
@@ -57,20 +61,20 @@ class SmallARDrafter:
 
     def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int) -> Tensor:
         """See :class:`arsd.decoding.types.TreeDraftModel`: all levels so far once more, in a pass that grows."""
-        if depth == 1:
-            self.length = [n - 1 for n in self.starts]  # the last committed token is column 0
+        if depth == 1:  # the last committed token is column 0
+            self.root = self.lengths - 1, [n - 1 for n in self.starts]
             self.grown = self.last
         self.grown = torch.cat([self.grown, tokens], 1)
-        lengths = torch.tensor(self.length, device=self.model.device)
+        lengths, starts = self.root
         self.model.rollback(lengths)
-        logits = self.model.forward(self.grown, lengths, self.length, tree.head(self.grown.shape[1]))
+        logits = self.model.forward(self.grown, lengths, starts, tree.head(self.grown.shape[1]))
         return logits[:, :, parents_of(tree, depth, logits.device)]
 
-    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
-        lengths = torch.tensor(starts, device=self.model.device)
-        self.model.rollback(lengths)
-        logits = self.model.forward(tokens, lengths, starts)
-        self.starts = [n + c + 1 for n, c in zip(starts, columns, strict=True)]
-        chosen, rows = torch.tensor(columns, device=logits.device), torch.arange(len(starts), device=logits.device)
-        self.last = tokens[rows, chosen][:, None]
-        return logits[:, rows, chosen]
+    def _pass(self, tokens: Tensor, last: Tensor, columns: list[int]) -> Tensor:
+        """One pass from where the rows are; ``last`` [B] (host: ``columns``) is the column of each row's last token."""
+        self.model.rollback(self.lengths)
+        logits = self.model.forward(tokens, self.lengths, self.starts)
+        self.lengths = self.lengths + last + 1
+        self.starts = [n + c + 1 for n, c in zip(self.starts, columns, strict=True)]
+        self.last = tokens[self.rows, last][:, None]
+        return logits[:, self.rows, last]

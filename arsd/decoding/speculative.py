@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from arsd.decoding.drafters import Jacobi, NoDraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.grouped import GroupedRule
 from arsd.decoding.lantern import LanternPlusPlusRule, LanternRule
+from arsd.decoding.options import whole
 from arsd.decoding.registry import (
     Registered,
     bound,
@@ -24,7 +25,7 @@ from arsd.decoding.registry import (
 from arsd.decoding.relaxed import CoolSDRule, MarginRule, PublishedCoolSDRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.siblings import SeedExactTree, SiblingSampling
-from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting, _whole
+from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import FixedWindow, Parts
 from arsd.errors import StrategyError
@@ -65,7 +66,6 @@ class JacobiGuesses(Jacobi):
 
     needs_law = True  # it can give q, and does for a rule that needs it
     _REDRAFTS = {"rule": redraft_by_rule, "gumbel": redraft_by_gumbel, "independent": redraft_independently}
-    _INITS = ("uniform", "random", "left", "above")
 
     def __init__(self, setting: Setting, init: str = "uniform", redraft: str = "auto") -> None:
         needs_law = bool(getattr(setting.rule, "needs_law", False))
@@ -73,8 +73,6 @@ class JacobiGuesses(Jacobi):
         unsound = needs_law and not getattr(setting.rule, "every_slot", False)
         if redraft == "auto":
             redraft = "independent" if unsound else "rule"
-        if init not in self._INITS:
-            raise StrategyError(f"drafter 'jacobi': unknown init {init!r}: choose from {', '.join(self._INITS)}")
         if redraft not in self._REDRAFTS:
             raise StrategyError(
                 f"drafter 'jacobi': unknown redraft {redraft!r}: choose from auto, {', '.join(self._REDRAFTS)}"
@@ -122,10 +120,11 @@ class Speculative(DecodingStrategy):
     ) -> None:
         if drafter is None:  # as the command line reads "none"
             self.register_to_config(drafter="none")
-        _whole("window", window, 1)
-        if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < window:
-            raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
+        whole("window", window, 1)
         found, options = self._drafter
+        least = 1 if getattr(found.factory, "trees", False) else window  # a tree has its own window, see _tree_parts
+        if pass_tokens is not None and whole("pass_tokens", pass_tokens, 1) < least:
+            raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
         found.check_options(options)
         can_give = getattr(found.factory, "needs_law", None)
         self._refuse_without_law(made_rule(*self._rule), can_give is None or bool(can_give))

@@ -14,9 +14,10 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from arsd.decoding.drafters import Jacobi, NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
+from arsd.decoding.drafters import INITS, Jacobi, NoDraft, Redraft, redraft_by_gumbel, redraft_by_rule, redraft_independently
 from arsd.decoding.laws import Grammar, Laws
 from arsd.decoding.noise import Noise
+from arsd.decoding.options import one_of, whole
 from arsd.decoding.registry import Registered, bound, find_rule, made_rule, parse_value, split_part
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.types import DraftModel, FixedWindow, Parts, Rule
@@ -82,13 +83,6 @@ class DecodingStrategy(SchedulerMixin, ConfigMixin):
         return self.name + (":" + ",".join(given) if given else "")
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        or_auto = " or auto" if name == "window" else ""
-        raise StrategyError(f"{name} must be a whole number >= {least}{or_auto}, not {value!r}")
-    return value
-
-
 def auto_window(window: int | str, pass_tokens: int | None, setting: Setting) -> int:
     """The window of a call: as given; for ``auto`` the whole pass, else the fastest by the profile, else 16."""
     if window != "auto":
@@ -111,7 +105,7 @@ class Autoregressive(DecodingStrategy):
     @register_to_config
     def __init__(self, pass_tokens: int | None = None) -> None:
         if pass_tokens is not None:
-            _whole("pass_tokens", pass_tokens, 1)
+            whole("pass_tokens", pass_tokens, 1)
 
     def build(self, setting: Setting) -> Parts:
         """See :class:`DecodingStrategy`."""
@@ -154,7 +148,6 @@ class SJD(DecodingStrategy):
         "gumbel-rejection": (redraft_by_gumbel, True),
         "independent": (redraft_independently, True),
     }
-    _INITS = ("uniform", "left", "above", "random")
 
     @register_to_config
     def __init__(
@@ -166,12 +159,10 @@ class SJD(DecodingStrategy):
         acceptance: str | DecodingStrategy | None = None,
     ) -> None:
         if window != "auto":
-            _whole("window", window, 1)
-        if coupling not in self._COUPLINGS:
-            raise StrategyError(f"unknown coupling {coupling!r}: choose from {', '.join(self._COUPLINGS)}")
-        if init not in self._INITS:
-            raise StrategyError(f"unknown init {init!r}: choose from {', '.join(self._INITS)}")
-        if pass_tokens is not None and _whole("pass_tokens", pass_tokens, 1) < (1 if isinstance(window, str) else window):
+            whole("window", window, 1, " or auto")
+        one_of("coupling", coupling, tuple(self._COUPLINGS))
+        one_of("init", init, INITS)
+        if pass_tokens is not None and whole("pass_tokens", pass_tokens, 1) < (1 if isinstance(window, str) else window):
             raise StrategyError(f"pass_tokens ({pass_tokens}) must be at least window ({window})")
         if isinstance(acceptance, DecodingStrategy):
             self.register_to_config(acceptance=_rule_of(acceptance))
@@ -232,6 +223,8 @@ class SJD(DecodingStrategy):
 
 def _rule_of(strategy: DecodingStrategy) -> str:
     """The rule that a strategy names."""
+    if strategy.config.get("tree") is not None:
+        raise StrategyError(f"acceptance takes the rule of {str(strategy)!r}, but not its tree: leave out tree")
     rule = strategy.config["rule"] if "rule" in strategy.config else getattr(strategy, "rule", None)
     if not isinstance(rule, str):
         raise StrategyError(f"acceptance must name a rule, and {str(strategy)!r} has none: write name:key=value:key=value")

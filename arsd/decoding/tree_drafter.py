@@ -48,13 +48,15 @@ class TreeDrafter(ModelDrafter):
         logits = self.catch_up(step)[:, :, None]
         tokens: list[Tensor] = []
         laws: list[Tensor] = []
+        broken = torch.zeros_like(step.active[:, 0])
         for depth, level in enumerate(self.levels):
             if depth:
                 logits = model.extend_tree(tokens[-1], self.tree, depth)
             law = self.laws(logits, step.positions[:, depth : depth + 1].expand(-1, logits.shape[2]))
             tokens.append(self._drawn(step, law, level) if self.needs_law else self._most_likely(step, law, level))
             laws.append(law.probs)
-        return Draft(torch.cat(tokens, 1), torch.cat(laws, 1) if self.needs_law else None, self.tree)
+            broken |= (~law.finite().all(1)) & step.active[:, depth]
+        return Draft(torch.cat(tokens, 1), torch.cat(laws, 1) if self.needs_law else None, self.tree, broken)
 
     def _drawn(self, step: Step, law: Law, level: _Level) -> Tensor:
         """[B, n] tokens of the next level's nodes; where q has fewer ids than a node has children, any id for the rest."""

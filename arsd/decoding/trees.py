@@ -257,3 +257,10 @@ def parents_of(tree: TreeShape, depth: int, device: torch.device) -> Tensor:
     """[f] the columns of this depth that have children."""
     with torch.inference_mode(False):
         return torch.tensor([column for column in tree.level(depth) if tree.counts[column]], device=device)
+
+
+@lru_cache(maxsize=256)
+def heads_of(tree: TreeShape, nodes: int, device: torch.device) -> Tensor:
+    """[nodes] the parents' columns of the first nodes."""
+    with torch.inference_mode(False):
+        return torch.tensor(tree.parents[:nodes], device=device)

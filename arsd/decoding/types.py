@@ -35,11 +35,13 @@ class Draft:
             [B, F, V]: the law that the children of each column with children were drawn from, one after another without
             replacement; ``None`` means that every node is a fixed token.
         tree: which guess follows which, ``None`` for a chain.
+        broken: [B] rows for whose guesses a draft model gave no law at all (NaN), which ends the call; ``None`` is no row.
     """
 
     tokens: Tensor
     law: Tensor | None = None
     tree: TreeShape | None = None
+    broken: Tensor | None = None
 
 
 @dataclass

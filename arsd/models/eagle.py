@@ -48,6 +48,9 @@ class EagleDrafter(ModelMixin, ConfigMixin):
         bias: whether the linear layer in front has a bias.
         vocab_size: ids of a frozen embedding of its own; ``None`` reads the target's.
         embed_upscale: factor of the embeddings.
+
+    Raises:
+        InputError: for values that make no decoder layer.
     """
 
     _no_split_modules = ["LlamaDecoderLayer", "ChameleonDecoderLayer"]
@@ -75,15 +78,19 @@ class EagleDrafter(ModelMixin, ConfigMixin):
         if condition_inputs not in ("embedding", "zero-token"):
             raise InputError(f"condition_inputs must be 'embedding' or 'zero-token', not {condition_inputs!r}")
         make_config, make_layer = BLOCKS[block]
-        self.block_config = make_config(
-            hidden_size=hidden_size,
-            num_hidden_layers=1,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_key_value_heads or num_heads,
-            intermediate_size=intermediate_size,
-            rms_norm_eps=norm_eps,
-            attn_implementation="sdpa",
-        )
+        try:
+            self.block_config = make_config(
+                hidden_size=hidden_size,
+                num_hidden_layers=1,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_key_value_heads or num_heads,
+                intermediate_size=intermediate_size,
+                rms_norm_eps=norm_eps,
+                attn_implementation="sdpa",
+            )
+        except Exception as error:  # transformers checks its configurations with errors of their own
+            sizes = f"hidden_size {hidden_size!r}, num_heads {num_heads!r}, intermediate_size {intermediate_size!r}"
+            raise InputError(f"no decoder layer has {sizes}: {' '.join(str(error).split())[:200]}") from error
         self.embed_tokens: nn.Embedding | None = None
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, hidden_size).requires_grad_(False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arsd.decoding.small_ar import SmallARDrafter
-from arsd.decoding.trees import TreeShape
+from arsd.decoding.trees import TreeShape, heads_of
 from arsd.decoding.types import Target
 from arsd.errors import InputError
 from arsd.models.eagle import EagleDrafter
@@ -74,7 +74,7 @@ class EagleDraftModel(SmallARDrafter):
         """See :class:`arsd.decoding.types.DraftModel`: on the target's own features."""
         self.model.given = None
         logits = super().catch_up(tokens, read, columns)
-        self.root = self._at(self.model.fed, columns)
+        self.before = self._at(self.model.fed, self.column)
         return logits
 
     def extend_tree(self, tokens: Tensor, tree: TreeShape, depth: int) -> Tensor:
@@ -82,17 +82,18 @@ class EagleDraftModel(SmallARDrafter):
         guessed = self.model.given if depth == 1 else self.model.predicted
         assert guessed is not None
         known = sum(len(tree.level(d)) for d in range(1, depth + 1))
-        self.model.given = torch.cat([self.root, guessed[:, list(tree.parents[:known])]], dim=1)
+        self.model.given = torch.cat([self.before, guessed[:, heads_of(tree, known, guessed.device)]], dim=1)
         return super().extend_tree(tokens, tree, depth)
 
-    def _pass(self, tokens: Tensor, starts: list[int], columns: list[int]) -> Tensor:
-        logits = super()._pass(tokens, starts, columns)
-        self.model.given = self._at(self.model.predicted, columns)  # stands for the feature of the last token's slot
+    def _pass(self, tokens: Tensor, last: Tensor, columns: list[int]) -> Tensor:
+        logits = super()._pass(tokens, last, columns)
+        self.column = last
+        self.model.given = self._at(self.model.predicted, last)  # stands for the feature of the last token's slot
         return logits
 
-    def _at(self, features: Tensor, columns: list[int]) -> Tensor:
-        """[S * B, 1, D] of one column of each row."""
-        at = torch.tensor(columns, device=features.device).repeat(self.model.streams)
+    def _at(self, features: Tensor, column: Tensor) -> Tensor:
+        """[S * B, 1, D] of one column [B] of each row."""
+        at = column.repeat(self.model.streams)
         return features[torch.arange(len(at), device=features.device), at][:, None]
 
 

@@ -51,7 +51,7 @@ class DecoderTarget:
         self.pictures = torch.arange(self.batch, device=self.device)  # the picture of each row
         self._slots = torch.arange(max(max_pass_tokens, self.prefix), device=self.device)
         self.cache = self._make_cache(self.prefix + num_tokens + max_pass_tokens)
-        self._step = self._harmless_step(max_pass_tokens)
+        self._steps = {max_pass_tokens: self._harmless_step(max_pass_tokens)}
         self.vocab = int(getattr(head, "out_features", decoder.config.vocab_size))
         self.features: Tensor | None = None
 
@@ -128,9 +128,10 @@ class DecoderTarget:
 
     def _attended(self, starts: list[int], width: int) -> int | None:
         """Slots that attention must cover: as far as the farthest row goes, in steps that make no difference."""
-        if self._step is None:
-            return None
-        return -(-(self.unread + max(starts) + width) // self._step) * self._step
+        if width not in self._steps:
+            self._steps[width] = self._harmless_step(width)
+        step = self._steps[width]
+        return None if step is None else -(-(self.unread + max(starts) + width) // step) * step
 
     def _shape(self, width: int) -> tuple[int, int, int, int]:
         return self.streams, self.batch, width, self.condition.shape[-1]

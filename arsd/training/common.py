@@ -121,6 +121,28 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     return state
 
 
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """A run folder belongs to one configuration, kept in its ``run.json``.
+
+    Raises:
+        DataError: when it belongs to another.
+    """
+    path, wanted = folder / "run.json", json.loads(json.dumps(settings))
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in {**wanted, **known} if known.get(key) != wanted.get(key)]
+        except (ValueError, AttributeError):
+            raise DataError(f"{path} is damaged: delete {folder} or use a new --out") from None
+        if other:
+            raise DataError(f"{folder} is a run with another {', '.join(other)}: delete it or use a new --out")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
 def log_line(folder: Path, **values: Any) -> None:
     """Append one JSON line to ``log.jsonl`` and print it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ several times, each time on its own predictions (training-time test of EAGLE-3, 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from arsd.devices import has_fast_bfloat16
 from arsd.errors import DataError
 from arsd.models.eagle import EagleDrafter
 from arsd.models.llamagen import attention_bias
-from arsd.training.common import Muon, Run, save_atomically
+from arsd.provenance import model_hash, weights_hash
+from arsd.training.common import Muon, Run, claim_folder, save_atomically
 from arsd.training.data import held_out_captions, training_captions
 
 GENERATION_BATCH = 32
@@ -199,7 +201,7 @@ def draw_pictures(pipe: Any, captions: list[str], count: int, path: Path, seed: 
         options = {"decoder": "sjd", "batch_size": min(size, GENERATION_BATCH), "output_type": "latent", "progress": False}
         made = drawer(some, generator=source, **options).tokens.cpu()
         names, tokens = names + some, torch.cat([tokens, made])
-        save_atomically({"captions": names, "tokens": tokens.short()}, path)
+        save_atomically({"captions": names, "tokens": tokens.int()}, path)
         print(f"{len(names)} of {count} pictures drawn", flush=True)
     return names[:count], tokens[:count]
 
@@ -231,6 +233,7 @@ def train_drafter(
     loss: DrafterLoss | None = None,
     seed: int = 0,
     save_minutes: float = 5,
+    captions: list[str] | None = None,
 ) -> EagleDrafter:
     """Draw pictures with the target, then train (or go on training) an EAGLE drafter on them.
 
@@ -244,6 +247,8 @@ def train_drafter(
         loss: weights of the loss.
         seed: of weights, pictures and batches.
         save_minutes: minutes between checkpoints.
+        captions: of the pictures, of which every 20th is kept for the held-out acceptance; ``None``: those of the emoji
+            list, and its held-out concepts.
 
     Returns:
         The averaged drafter, float32.
@@ -257,24 +262,41 @@ def train_drafter(
     pipe.set_progress_bar_config(disable=True)
     task = DrafterTask(pipe, loss or DrafterLoss())
     pipe.transformer.requires_grad_(False)
-    names, ids = draw_pictures(pipe, training_captions(), pictures, out / "samples.pt", seed)
-    held_names, held_ids = draw_pictures(pipe, held_out_captions(), HELD_OUT_PICTURES, out / "held_out.pt", seed + 10**6)
-    drafter = EagleDrafter.for_transformer(pipe.transformer.lm)
+    known, others = (training_captions(), held_out_captions()) if captions is None else split_captions(captions)
+    settings = {"sampling": asdict(task.laws.config), "loss": asdict(task.loss), "batch": batch, "lr": lr, "seed": seed}
+    models = {name: weights_hash(getattr(pipe, name)) for name in ("transformer", "text_encoder")}
+    claim_folder(out, {**models, "captions": hashlib.sha256("\n".join(known).encode()).hexdigest(), **settings})
+    names, ids = draw_pictures(pipe, known, pictures, out / "samples.pt", seed)
+    held_names, held_ids = draw_pictures(pipe, others, HELD_OUT_PICTURES, out / "held_out.pt", seed + 10**6)
+    device = pipe.transformer.device
+    ids, held_ids = ids.to(device), held_ids.to(device)
+    drafter = EagleDrafter.for_transformer(pipe.transformer.lm).to(device)
     matrices: list[nn.Parameter] = [m.weight for m in drafter.modules() if isinstance(m, nn.Linear)]  # type: ignore[misc]
-    others = [p for p in drafter.parameters() if p.ndim < 2]
-    optimizers = [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    vectors = [p for p in drafter.parameters() if p.ndim < 2]
+    optimizers = [Muon(matrices, lr=lr), torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     run = Run(out, drafter, optimizers, lr, minutes)
     source = torch.Generator().manual_seed(seed + run.step)
     while run.begin_step():
         pick = torch.randint(len(names), (batch,), generator=source)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
-            lesson = task.teach([names[i] for i in pick.tolist()], ids[pick])
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            lesson = task.teach([names[i] for i in pick.tolist()], ids[pick.to(device)])
             value, accepted = task(drafter, *lesson)
         run.finish_step(value, accepted=[round(float(a.detach()), 4) for a in accepted])
         if run.due(save_minutes):
             run.save()
             run.log(held_out=held_out_acceptance(task, averaged(run), held_names, held_ids))
     return averaged(run)
+
+
+def split_captions(captions: list[str]) -> tuple[list[str], list[str]]:
+    """Every 20th caption is held out; the others are trained on.
+
+    Raises:
+        DataError: when there are fewer than two.
+    """
+    if len(captions) < 2:
+        raise DataError(f"{len(captions)} captions are too few: one is trained on and another held out, at least")
+    return [caption for i, caption in enumerate(captions) if i % 20], captions[::20]
 
 
 def averaged(run: Run) -> EagleDrafter:
@@ -288,11 +310,11 @@ def averaged(run: Run) -> EagleDrafter:
 @torch.no_grad()
 def held_out_acceptance(task: DrafterTask, drafter: EagleDrafter, captions: list[str], ids: Tensor) -> list[float]:
     """Mean 1 - TV(p, q) of the first, second, ... guess on pictures of captions that were not trained on."""
-    totals = torch.zeros(task.loss.depth)
+    totals, drafter = torch.zeros(task.loss.depth), drafter.to(ids.device)
     for first in range(0, len(captions), 16):
         part = slice(first, first + 16)
         lesson = task.teach(captions[part], ids[part])
-        totals += torch.stack(task(drafter, *lesson)[1]) * len(captions[part])
+        totals += torch.stack(task(drafter, *lesson)[1]).cpu() * len(captions[part])
     return [round(float(x), 4) for x in totals / len(captions)]
 
 
@@ -305,10 +327,12 @@ def ship_drafter(drafter: EagleDrafter, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def check_folder(folder: Path) -> None:
-    """Raise DataError when ``folder`` is no pipeline folder that a drafter could be added to."""
+def check_folder(folder: Path, pipe: Any = None) -> None:
+    """Raise DataError when ``folder`` is no pipeline folder that a drafter (of ``pipe``, if given) could be added to."""
     if not (folder / "model_index.json").is_file():
         raise DataError(f"{folder} has no model_index.json: --into takes the folder of a saved pipeline")
+    if pipe is not None and model_hash(folder) != pipe.model_hash:
+        raise DataError(f"{folder} holds another model than the one that is drafted for: give --into a copy of --model")
 
 
 def add_drafter(drafter: EagleDrafter, folder: Path) -> None:
