@@ -65,14 +65,19 @@ def test_guess_number_j_reads_what_run_j_of_the_training_read(double):
 
 def test_a_round_uploads_little_however_long_the_chain(double, monkeypatch):
     """Each small tensor made from host numbers makes a GPU wait: two a round, for the chain and for the model's place."""
-    made, original = [], torch.tensor
+    original = torch.tensor
+
+    def uploads(decoder: str) -> tuple[int, int]:
+        made = []
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or original(*args, **options))
+            out = double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent")
+        return len(made), out.stats.forward_passes
+
     for decoder in ("eagle:draft_length=2", "eagle:draft_length=7", "eagle:tree=2x1x1", "hybrid:window=8"):
-        double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent")  # tables are made once
-        monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or original(*args, **options))
-        made.clear()
-        passes = double(PROMPTS, decoder=decoder, generator=seeded(0), output_type="latent").stats.forward_passes
-        monkeypatch.undo()
-        assert passes >= 4 and len(made) <= 2 * passes + 24, decoder  # and prompts, conditions, noise
+        uploads(decoder)  # tables are made once
+        (count, passes), (others, _) = uploads(decoder), uploads("sjd:window=8")
+        assert passes >= 4 and count - others <= 2 * passes + 10, decoder  # and reading the condition
 
 
 @pytest.mark.parametrize(
