@@ -77,7 +77,7 @@ def test_a_round_uploads_little_however_long_the_chain(double, monkeypatch):
     for decoder in ("eagle:draft_length=2", "eagle:draft_length=7", "eagle:tree=2x1x1", "hybrid:window=8"):
         uploads(decoder)  # tables are made once
         (count, passes), (others, _) = uploads(decoder), uploads("sjd:window=8")
-        assert passes >= 4 and count - others <= 2 * passes + 10, decoder  # and reading the condition
+        assert passes >= 4 and count - others <= 2 * passes + 20, decoder  # and once a call: conditions, a tree
 
 
 @pytest.mark.parametrize(
