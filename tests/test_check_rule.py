@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_pipeline import one_clear_line
 from arsd.decoding import Draft, Outcome, Purpose, Verdict
 from arsd.decoding.relaxed import CoolSDRule
 from arsd.decoding.rules import RejectionSampling, SeedExact
+from arsd.decoding.siblings import SiblingSampling
 from arsd.exactness.suite import check_drafter, check_rule
 
 EXAMPLE = str(Path(__file__).resolve().parent.parent / "docs" / "examples" / "copy_above.py")
@@ -199,6 +201,28 @@ def test_relaxed_rules_of_this_package_cost_what_they_report(command, target: st
     assert (status, err) == (0, []), out
     last = out.splitlines()[-1]
     assert last.startswith("not refuted" if target == "margin" else "relaxed, and it reports what it costs")
+
+
+@pytest.mark.parametrize("target", ["siblings", "seed-exact-tree", "tree:shape=2x1", "draft-model", "hybrid"])
+def test_rules_and_drafters_of_trees_and_draft_models_are_proven(command, target: str, small_suite):
+    status, out, err = command("check-rule", target, "--quick")
+    assert (status, err) == (0, []), out
+    assert out.splitlines()[-1].startswith("not refuted" if target == "hybrid" else "lossless")  # Gumbel noise only
+    assert target not in ("siblings", "seed-exact-tree") or "trees" in out
+
+
+class TakesTheLastSibling(SiblingSampling):
+    """Tests the children of a node in the wrong order against laws for the right one."""
+
+    def verify(self, step, law, draft):
+        if draft.tree is not None and draft.law is not None:
+            draft = replace(draft, tokens=draft.tokens.flip(1))
+        return super().verify(step, law, draft)
+
+
+def test_a_rule_that_is_wrong_on_trees_only_is_refuted(small_suite):
+    report = check(TakesTheLastSibling)
+    assert report.verdict == "refuted" and all("trees" in name for name in failed(report))
 
 
 def test_a_rule_that_cannot_work_in_the_small_worlds_is_one_clear_line(command):

@@ -13,6 +13,9 @@ from arsd.decoding import Draft, Law, Parts, Setting, Step, Verdict
 from arsd.decoding.drafters import Jacobi, NoDraft, Redraft
 from arsd.decoding.registry import bound
 from arsd.decoding.rules import SeedExact
+from arsd.decoding.siblings import SeedExactTree, SiblingSampling
+from arsd.decoding.tree_drafter import TreeDrafter
+from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import Drafter, FixedWindow, Rule
 from arsd.exactness.tables import Build
 from arsd.exactness.tape import ChoiceTape
@@ -66,10 +69,12 @@ class GuardedRule:
             raise
         if not isinstance(verdict, Verdict):
             raise ProtocolError(f"verify must return a Verdict, not {type(verdict).__name__}")
-        batch, window, vocab = law.scores.shape
+        (batch, window), vocab = step.positions.shape, law.scores.shape[-1]
         _expect("Verdict.count", verdict.count, (batch,), "[B]", (torch.int64,))
         _expect("Verdict.tokens", verdict.tokens, (batch, window), "[B, W]", (torch.int64,))
         _expect("Verdict.outcome", verdict.outcome, (batch, window), "[B, W]", (torch.int64,))
+        if draft.tree is not None:
+            _expect("Verdict.path", verdict.path, (batch, window - 1), "[B, W - 1]", (torch.int64,))
         if verdict.near_tie is not None:
             _expect("Verdict.near_tie", verdict.near_tie, (batch, window), "[B, W]", (torch.bool,))
         active = step.width > 0
@@ -114,6 +119,9 @@ class GuardedDrafter:
         if not isinstance(draft, Draft):
             raise ProtocolError(f"propose must return a Draft, not {type(draft).__name__}")
         batch, guesses = step.positions[:, :-1].shape
+        if draft.tree is not None:
+            self._expect_tree(batch, draft.tree, draft)
+            return draft
         _expect("Draft.tokens", draft.tokens, (batch, guesses), "[B, W - 1]", (torch.int64,))
         _expect_ids("Draft.tokens", draft.tokens, self.vocab)
         if self.needs_law:
@@ -127,6 +135,13 @@ class GuardedDrafter:
             if not bool((q.gather(-1, draft.tokens[..., None])[..., 0] > 0)[active].all()):
                 raise ProtocolError("Draft.law must give every guess a chance: q(guess) is 0")
         return draft
+
+    def _expect_tree(self, batch: int, tree: TreeShape, draft: Draft) -> None:
+        _expect("Draft.tokens", draft.tokens, (batch, len(tree.parents)), "[B, K]", (torch.int64,))
+        _expect_ids("Draft.tokens", draft.tokens, self.vocab)
+        if draft.law is not None:
+            shape = (batch, len(tree.families), self.vocab)
+            _expect("Draft.law", draft.law, shape, "[B, F, V]", (torch.float32, torch.float64))
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Pass it on."""
@@ -149,7 +164,10 @@ class AsFixed:
 
     def propose(self, step: Step) -> Draft:
         """The guesses, q one-hot."""
-        tokens = self.drafter.propose(step).tokens
+        draft = self.drafter.propose(step)
+        if draft.tree is not None:  # which needs no law for that
+            return replace(draft, law=None)
+        tokens = draft.tokens
         return Draft(tokens, torch.nn.functional.one_hot(tokens, self.vocab).double())
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
@@ -206,6 +224,17 @@ def rule_under_replay(make_rule: MakeRule, answer: Tensor, vocab: int, wrong: in
     return build
 
 
+def rule_under_trees(make_rule: MakeRule, shape: str) -> Build:
+    """The rule on trial, with trees of the call's draft model whose siblings are drawn from q."""
+
+    def build(setting: Setting) -> Parts:
+        drafter = TreeDrafter(replace(setting, rule=SiblingSampling()), shape)
+        tree, rule = drafter.tree, GuardedRule(bound(make_rule(), setting))
+        return Parts(GuardedDrafter(drafter, setting.grammar.vocab), rule, FixedWindow(tree.depth + 1), tree.columns)
+
+    return build
+
+
 def drafter_under(make_drafter: MakeDrafter, make_rule: MakeRule, window: int, fixed: bool = False) -> Build:
     """The drafter on trial, under one of this package's rules; ``fixed`` calls its guesses point masses."""
 
@@ -213,7 +242,12 @@ def drafter_under(make_drafter: MakeDrafter, make_rule: MakeRule, window: int, f
         rule, vocab = bound(make_rule(), setting), setting.grammar.vocab
         made = make_drafter(replace(setting, window=window, rule=SeedExact() if fixed else rule))
         drafter: Drafter = GuardedDrafter(made, vocab)
+        drafter = AsFixed(drafter, vocab) if fixed else drafter
+        tree = getattr(made, "tree", None)
+        if tree is not None:  # which has rules and a pass of its own
+            rule = SeedExactTree() if isinstance(rule, SeedExact) else SiblingSampling()
+            return Parts(drafter, GuardedRule(rule), FixedWindow(tree.depth + 1), tree.columns)
         slots = FixedWindow(1 if isinstance(made, NoDraft) else window)  # as Speculative has it
-        return Parts(AsFixed(drafter, vocab) if fixed else drafter, GuardedRule(rule), slots, window)
+        return Parts(drafter, GuardedRule(rule), slots, window)
 
     return build

@@ -22,7 +22,14 @@ from arsd.decoding.drafters import NoDraft, Redraft, redraft_by_gumbel, redraft_
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.types import FixedWindow
 from arsd.errors import StrategyError
-from arsd.exactness.guard import MakeDrafter, MakeRule, drafter_under, rule_under_jacobi, rule_under_replay
+from arsd.exactness.guard import (
+    MakeDrafter,
+    MakeRule,
+    drafter_under,
+    rule_under_jacobi,
+    rule_under_replay,
+    rule_under_trees,
+)
 from arsd.exactness.tables import Build, TableTarget, World, law_z, pairs_z, run, sample, total_variation
 from arsd.exactness.tape import NotEnumerable, push_forward
 from arsd.exactness.worlds import INITS, LAWS, SAMPLED, VOCAB, WORLDS, picture, picture_grammar, plain_picture
@@ -31,6 +38,7 @@ from arsd.plugins import one_line
 SEQUENCES, QUICK_SEQUENCES = 100_000, 20_000
 PATHS = 300_000  # per check: enough for every sampler of this package, and a few seconds
 WINDOWS = range(1, 25)
+TREES = ("2x1", "3x2.1", "chain2", "2x2x1")  # as TreeShape.parse takes them
 TV_BAR, Z_BAR = 1e-12, 5.0
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 
@@ -143,18 +151,22 @@ def check_rule(
         check_relaxed_rule(suite, make, sequences)
         return suite.report
     redrafts: dict[str, Redraft] = {"independent": redraft_independently}
+    trees: list[bool] = []
     one = rule_under_jacobi(make, redraft_independently, "uniform", 8)
 
     def protocol() -> tuple[str, bool]:
         rule = make()
         if not getattr(rule, "needs_law", False) or getattr(rule, "every_slot", False):
             redrafts["coupled"] = redraft_by_rule
+        trees.append(bool(getattr(rule, "trees", False)))
         picture(one, "top-k", grammar=picture_grammar())
         return "no error", True
 
     suite.run("keeps the protocol", "no error", protocol)
     kinds = list(itertools.product(INITS, redrafts.values()))
     _run_rows(suite, one)
+    if any(trees):
+        _run_trees(suite, make, seed_exact)
     _run_paths(suite, "", lambda window: [rule_under_jacobi(make, redraft, init, window) for init, redraft in kinds])
     for name, redraft in {**redrafts, "Gumbel-coupled": redraft_by_gumbel}.items():
         _run_samples(suite, f"{name} guesses", partial(rule_under_jacobi, make, redraft, "uniform"), sequences)
@@ -188,11 +200,12 @@ def check_drafter(
     }
 
     def protocol() -> tuple[str, bool]:
-        if _gives_law(make):
+        made = _made(make)
+        if getattr(made, "needs_law", False):
             ways["its own q"] = lambda window: drafter_under(make, RejectionSampling, window)
-            ways["its own q, every slot judged"] = lambda window: drafter_under(
-                make, lambda: RejectionSampling(True), window
-            )
+            if getattr(made, "tree", None) is None:
+                every_slot = partial(RejectionSampling, True)
+                ways["its own q, every slot judged"] = lambda window: drafter_under(make, every_slot, window)
         for way in ways.values():
             picture(way(8), "top-k", grammar=picture_grammar())
         return "no error", True
@@ -206,7 +219,8 @@ def check_drafter(
     return suite.report
 
 
-def _gives_law(make: MakeDrafter) -> bool:
+def _made(make: MakeDrafter) -> Any:
+    """A drafter for a rule that needs q."""
     grammar, made = Grammar(4, 3), []
 
     def build(setting: Setting) -> Parts:
@@ -214,7 +228,7 @@ def _gives_law(make: MakeDrafter) -> bool:
         return Parts(NoDraft(), SeedExact(), FixedWindow(1), 1)
 
     run(TableTarget(3, 4, 1), parts=build, grammar=grammar, row_length=2)
-    return bool(getattr(made[0], "needs_law", False))
+    return made[0]
 
 
 def _alone(way: Callable[[int], Build], window: int) -> list[Build]:
@@ -229,7 +243,7 @@ def _run_paths(suite: _Suite, prefix: str, builds: Callable[[int], Sequence[Buil
 
 
 def _enumerate(
-    world: Callable[[int], World], windows: Sequence[int], builds: Callable[[int], Sequence[Build]]
+    world: Callable[[int], World], windows: Sequence[Any], builds: Callable[[Any], Sequence[Build]]
 ) -> tuple[str, bool]:
     """The largest total variation of all samplers, on three seeds of the world in turn."""
     worst, paths, done = 0.0, 0, 0
@@ -247,6 +261,20 @@ def _enumerate(
         if math.isnan(worst):  # a law that holds NaN
             break
     return f"TV {worst:.1e}, {done} of {len(samplers)} samplers, {paths:,} paths", worst < TV_BAR
+
+
+def _run_trees(suite: _Suite, make: MakeRule, seed_exact: bool) -> None:
+    """The same of a rule that also judges trees of guesses, with those of a draft model."""
+    for name, world in WORLDS.items():
+        shapes = partial(_enumerate, world, TREES, lambda shape: [rule_under_trees(make, shape)])
+        suite.run(f"every path: trees, {name}", _TV, shapes, exact=True)
+    if seed_exact:
+
+        def laws() -> tuple[str, bool]:
+            pairs = ((picture(rule_under_trees(make, "3x2x1"), law), plain_picture(law)) for law in LAWS)
+            return _differing(pairs)
+
+        suite.run(f"plain AR's tokens: trees, {len(LAWS)} laws", _SAME, laws, exact=True)
 
 
 def _run_samples(suite: _Suite, name: str, build: Callable[[int], Build], sequences: int) -> None:
