@@ -29,7 +29,8 @@ class DecodeStats:
         seconds: wall-clock seconds by part: prefill, draft, forward, verify, other.
         near_ties: committed arg-maxes of each picture decided by less than ``arsd.decoding.rules.NEAR_TIE``.
         expected_changed_tokens: total variation between a slot's law and p, summed over the slots reached, for each
-            picture (of some rules an estimate or an upper bound: see their ``local_tv``); 0 when lossless. Its mean bounds how far the law of a picture has moved while it is below 1.
+            picture (of some rules an estimate or an upper bound: see their ``local_tv``); 0 when lossless. Its mean
+            bounds how far the law of a picture has moved while it is below 1.
     """
 
     forward_passes: int = 0
