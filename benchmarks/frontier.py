@@ -263,7 +263,8 @@ def main() -> None:
     print(f"{arguments.model}, {device_kind(device)}, {dtype}, torch {torch.__version__}, {arguments.pictures} pictures\n")
     report = tables[arguments.table](pipe, arguments)
     made = {"model": arguments.model, "model_hash": pipe.model_hash, "device": device_kind(device), "dtype": dtype}
-    name = f"frontier-{arguments.table}.{Path(arguments.model).name}.{device_kind(device).replace(' ', '-')}.{dtype}.json"
+    label = arguments.table + (f"-{arguments.length}" if arguments.table in ("relaxed", "curve") else "")
+    name = f"frontier-{label}.{Path(arguments.model).name}.{device_kind(device).replace(' ', '-')}.{dtype}.json"
     made |= {"pictures": arguments.pictures, "torch": torch.__version__}
     (HERE / "results" / name).write_text(json.dumps({**made, **report}, indent=1) + "\n")
 
