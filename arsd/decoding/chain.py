@@ -148,7 +148,7 @@ class HybridDrafter:
 
     needs_law = False
 
-    def __init__(self, setting: Setting, length: int = 4, weight: float | None = 0.05, init: str = "uniform") -> None:
+    def __init__(self, setting: Setting, length: int = 2, weight: float | None = 0.05, init: str = "uniform") -> None:
         whole("length", length, 1)
         if weight is not None:
             number("weight", weight, 0, otherwise=" or none")

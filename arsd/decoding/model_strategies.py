@@ -90,7 +90,7 @@ class Hybrid(DecodingStrategy):
     @register_to_config
     def __init__(
         self,
-        draft_length: int = 4,
+        draft_length: int = 2,
         weight: float | None = 0.05,
         window: int | str = "auto",
         init: str = "uniform",
