@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     drafter.add_argument("--captions", metavar="FILE", help="one caption per line (default: the emoji list)")
     drafter.add_argument("--device", default="cpu", help="auto, cpu, cuda, ...")
     drafter.add_argument("--minutes", type=float, default=60, help="of training, after the pictures are drawn")
-    drafter.add_argument("--pictures", type=int, default=3000, help="drawn with the model first")
+    drafter.add_argument("--pictures", type=int, default=6000, help="drawn with the model first")
     drafter.add_argument("--batch", type=int, default=8)
     drafter.add_argument("--depth", type=int, default=3, help="guesses of a chain that are trained")
     drafter.add_argument("--feature-weight", type=float, default=1.0, help="of the SmoothL1 loss of features")

@@ -227,7 +227,7 @@ def train_drafter(
     pipe: Any,
     out: Path,
     minutes: float = 60,
-    pictures: int = 3000,
+    pictures: int = 6000,
     batch: int = 8,
     lr: float = 3e-3,
     loss: DrafterLoss | None = None,
