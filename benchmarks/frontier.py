@@ -159,7 +159,7 @@ def relaxed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         "lantern": [f"lantern:k={k},delta={d},{end}" for k, d in ((100, 0.02), (100, 0.1), (1000, 0.2))],
         "grouped": [
             f"grouped:group={g},radius={r},spread={s},{end}"
-            for g, r, s in ((10, 2, 0.15), (50, 4, 0.15), (200, 4, 2), (1000, 4, 2))
+            for g, r, s in ((10, 2, 0.15), (50, 4, 0.15), (50, 4, 2), (200, 4, 2))
         ],
     }
     base = f"eagle:draft_length={n},coupling=rejection"
