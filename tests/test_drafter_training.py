@@ -118,6 +118,9 @@ def test_a_run_folder_belongs_to_one_model_and_one_loss(tmp_path, captions):
         with pytest.raises(DataError) as error:
             training.train_drafter(model, tmp_path, **{**options, **changed})
         one_clear_line(error.value, f"another {says}")
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(DataError, match=r"samples\.pt, checkpoint\.pt of an unknown run"):
+        training.train_drafter(pipe, tmp_path, **options)
     (tmp_path / "run.json").write_text("[")
     with pytest.raises(DataError, match="damaged"):
         training.train_drafter(pipe, tmp_path, **options)
@@ -156,5 +159,5 @@ def test_mistakes_in_training_are_one_clear_error(tmp_path, captions):
             DrafterLoss(**weights)
     (tmp_path / "samples.pt").write_bytes(b"no archive")
     with pytest.raises(DataError) as error:
-        training.train_drafter(pipe, tmp_path, minutes=0.01, pictures=4)
-    one_clear_line(error.value, "samples.pt")
+        training.draw_pictures(pipe, PROMPTS, 4, tmp_path / "samples.pt", seed=0)
+    one_clear_line(error.value, "cannot go on with")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 
 import arsd
 from arsd import EagleDrafter
-from arsd.decoding.chain import ModelDrafter
+from arsd.decoding import CounterNoise, Grammar, LawConfig, Laws, Setting, Step, TreeDrafter
+from arsd.decoding.chain import ChainDrafter, ModelDrafter
+from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.trees import TreeShape
 from arsd.decoding.types import DraftModel
 from arsd.errors import ArsdError, InputError, NonFiniteLogitsError, StrategyError
+from arsd.exactness.tables import HashTarget
 from arsd.models.eagle_draft import EagleDraftModel
 from arsd.training.drafter import DrafterLoss, DrafterTask
 
@@ -92,6 +96,23 @@ def test_a_drafter_of_nans_is_an_error_and_what_was_made_is_kept(decoder):
             pipe(PROMPTS, decoder=given, generator=seeded(0))
         one_clear_line(error.value, "the drafter returned NaN")
         assert error.value.tokens.shape == (4, TOKENS)
+
+
+def test_what_a_draft_model_says_of_idle_rows_is_no_fault():
+    class Broken(SmallARDrafter):
+        """NaN for the second row."""
+
+        def catch_up(self, *args):
+            return super().catch_up(*args).index_fill(1, torch.tensor([1]), torch.nan)
+
+    grammar, noise = Grammar(6, 5), CounterNoise([1, 1], [0, 1])
+    model = lambda window: Broken(HashTarget(5, 6, 2), window)  # noqa: E731
+    setting = Setting(2, 6, 0, grammar, noise, torch.device("cpu"), laws=Laws(LawConfig(), grammar), draft_model=model)
+    for widths, faults in (([2, 0], [False, False]), ([2, 2], [False, True])):
+        width, positions = torch.tensor(widths), torch.arange(2).expand(2, -1)
+        step = Step(positions, width, width * 0, positions < width[:, None], [0, 0], [], noise)
+        for made in (ChainDrafter(replace(setting, window=2)), TreeDrafter(setting, "2")):
+            assert made.propose(step).broken.tolist() == faults
 
 
 def test_a_draft_model_reads_what_was_committed_and_little_more(double, monkeypatch):

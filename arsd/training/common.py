@@ -137,6 +137,9 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         if other:
             raise DataError(f"{folder} is a run with another {', '.join(other)}: delete it or use a new --out")
         return
+    made = [name for name in ("samples.pt", "checkpoint.pt") if (folder / name).exists()]
+    if made:
+        raise DataError(f"{folder} holds {', '.join(made)} of an unknown run (no run.json): delete it or use a new --out")
     folder.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
