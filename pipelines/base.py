@@ -103,6 +103,10 @@ class ARImagePipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["tokens"]
     decoder: DecodingStrategy
 
+    def decode_pixels(self, tokens: Tensor) -> Tensor:
+        """Codes [B, N] to pictures [B, 3, H, W] in [-1, 1]; a picture never depends on the others."""
+        raise NotImplementedError
+
     @property
     def interrupt(self) -> bool:
         """Set ``pipe._interrupt = True`` in a callback to stop after the present pass.
@@ -193,6 +197,12 @@ class ARImagePipeline(DiffusionPipeline):
             known[key] = probe(target, self.make_grammar().num_tokens, pass_tokens)
         return known[key]
 
+    def to_pil(self, tokens: Tensor) -> list[Image.Image]:
+        """The pictures of token rows [B, N]."""
+        with torch.inference_mode():
+            pictures: list[Image.Image] = to_output(self.decode_pixels(tokens), "pil")
+        return pictures
+
     def record(self, output: ARPipelineOutput, index: int) -> dict[str, Any]:
         """Everything that picture ``index`` of an output depends on, for :func:`arsd.provenance.save_png`."""
         from arsd.provenance import make_record
@@ -227,6 +237,7 @@ class ARImagePipeline(DiffusionPipeline):
         progress: bool = True,
         callback_inputs: Sequence[str] = ("tokens",),
         draft: dict[str, Any] | None = None,
+        on_picture: Callable[[int, Any], None] | None = None,
         **record: bool,
     ) -> Any:
         """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
@@ -244,6 +255,7 @@ class ARImagePipeline(DiffusionPipeline):
             callback_inputs: tensors that the callback gets (copies).
             draft: what drafters and rules may need of the model: ``codebook`` and ``draft_model`` of
                 :class:`arsd.decoding.Setting`.
+            on_picture: called with each picture that is finished, and its own result.
             record: ``log_probs`` and ``trace``.
         """
         count, device = len(keys[0]), self._execution_device
@@ -266,7 +278,9 @@ class ARImagePipeline(DiffusionPipeline):
                 self._num_timesteps = step
                 return self.interrupt
 
-            request = DecodeRequest(grammar.num_tokens, row_length, on_commit=on_commit, pictures=count, **record)
+            request = DecodeRequest(
+                grammar.num_tokens, row_length, **record, on_commit=on_commit, pictures=count, on_picture=on_picture
+            )
             result = decode(target, parts, laws, noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result

@@ -252,6 +252,7 @@ class LlamaGenPipeline(ARImagePipeline):
         log_probs: bool = False,
         trace: bool = False,
         progress: bool = True,
+        on_picture: Callable[[int, ARPipelineOutput], None] | None = None,
     ) -> ARPipelineOutput | tuple[Any, ...]:
         """Make pictures.
 
@@ -279,6 +280,8 @@ class LlamaGenPipeline(ARImagePipeline):
             log_probs: also return log-probabilities and entropies.
             trace: also return every pass.
             progress: show a progress bar.
+            on_picture: called with the number of each picture as it is finished, and with an output of this picture alone,
+                while others of a queue are still being decoded. Its stats have passes, but no seconds.
 
         Returns:
             Pictures, tokens and figures.
@@ -306,8 +309,22 @@ class LlamaGenPipeline(ARImagePipeline):
         draft_model = self._draft_maker(condition, padding, batch, encode)
         keys = noise_keys(generator, len(inputs))
 
-        # 3. Decode
+        # 3. Decode and turn into pictures
         grid = int(self.transformer.config["grid"])
+        decoders = strategies if len(strategies) > 1 else strategies * len(inputs)
+        described = list(zip(*keys, decoders, inputs, strict=True))
+
+        def output(result: Any, chosen: Sequence[int]) -> ARPipelineOutput:
+            codes = result.tokens.view(-1, grid, grid)
+            images = codes if output_type == "latent" else to_output(self.decode_pixels(result.tokens), output_type)
+            seeds, indices, made_by, made_of = (list(column) for column in zip(*(described[i] for i in chosen), strict=True))
+            recorded = (result.log_probs, result.entropies, result.trace)
+            return ARPipelineOutput(images, result.tokens, result.stats, seeds, indices, config, made_by, made_of, *recorded)
+
+        def finished(picture: int, result: Any) -> None:
+            assert on_picture is not None
+            on_picture(picture, output(result, [picture]))
+
         result = self.run_decoder(
             self.target_maker(condition, padding),
             strategies,
@@ -320,19 +337,13 @@ class LlamaGenPipeline(ARImagePipeline):
             progress,
             callback_on_step_end_tensor_inputs,
             {"codebook": self.vq.codebook, "draft_model": draft_model},
+            on_picture=None if on_picture is None else finished,
             log_probs=log_probs,
             trace=trace,
         )
-
-        # 4. Pictures
-        codes = result.tokens.view(-1, grid, grid)
-        images = codes if output_type == "latent" else to_output(self.decode_pixels(result.tokens), output_type)
+        result_output = output(result, range(len(inputs)))
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        decoders = strategies if len(strategies) > 1 else strategies * len(inputs)
-        recorded = (result.log_probs, result.entropies, result.trace)
-        return ARPipelineOutput(images, result.tokens, result.stats, *keys, config, decoders, inputs, *recorded)
+        return result_output if return_dict else (result_output.images,)
 
 
 def _labels(given: Any, device: torch.device) -> Tensor:

@@ -64,6 +64,19 @@ class _Rows:
         """Rows that are not finished."""
         return [b for b, n in enumerate(self.starts) if n < self.totals[self.held[b]]]
 
+    def finished(self, rows: list[int]) -> list[int]:
+        """The pictures of those ``rows`` that are finished."""
+        return [self.held[b] for b in rows if self.starts[b] >= self.totals[self.held[b]]]
+
+    def result_of(self, picture: int, stats: DecodeStats) -> DecodeResult:
+        """One finished picture as the result of a call of its own (which has no seconds: passes were shared)."""
+        one = slice(picture, picture + 1)
+        alone = stats.of_picture(picture)
+        alone.tokens, alone.near_ties = self.done[one], self.near_ties[one].tolist()
+        alone.expected_changed_tokens = self.changed[one].tolist()
+        log_probs, entropies = (x[one, :-1].clone() if x.numel() else None for x in (self.log_probs, self.entropies))
+        return DecodeResult(self.tokens[one, :-1].clone(), alone, log_probs, entropies)
+
     def moved(self, starts: list[int]) -> None:
         """Rows stand elsewhere: the device is told what the host knows."""
         self.starts = starts
@@ -187,6 +200,9 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
             if request.on_commit is not None:
                 stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1]))
+        if request.on_picture is not None:
+            for picture in rows.finished(active):
+                request.on_picture(picture, rows.result_of(picture, stats))
         if rows.waiting:
             with watch("prefill"):
                 stats.prefill_passes += _refill(rows, target, parts, noise)

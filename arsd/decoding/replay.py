@@ -1,9 +1,12 @@
-"""Teacher forcing in the decoding loop: recorded tokens are fed as guesses, always committed, and each one is judged.
+"""Teacher forcing in the decoding loop: recorded tokens are fed as guesses and always committed.
 
-This is how a picture is verified: the passes are those of the loop itself, in the shape that the picture was made in.
+This is how a picture is verified (:class:`Replay`), in passes of the loop itself and in the shape that the picture was made
+in, and how laws are measured on given prefixes (:class:`TeacherForcing`, :class:`Steered`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +15,51 @@ from arsd.decoding.laws import Law
 from arsd.decoding.types import Draft, FixedWindow, Outcome, Parts, Step, Verdict
 
 
-class Replay:
-    """Drafter and rule at once: feeds the recorded tokens, and measures by how much each one falls short of the arg-max.
+class _Recorded:
+    """The recorded tokens of the pictures that the rows hold.
+
+    Args:
+        tokens: [M, N] recorded ids.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.held = torch.arange(len(tokens), device=tokens.device)  # the picture of each row; the first B at first
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The recorded ids at ``positions`` [B, W]."""
+        return self.tokens[self.held[: len(positions), None], positions.clamp_max(self.tokens.shape[1] - 1)]
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Rows begin other pictures."""
+        self.held = self.held.clone()
+        self.held[rows] = torch.tensor(pictures, device=self.held.device)
+
+
+class TeacherForcing(_Recorded):
+    """Drafter and rule at once: feeds the recorded tokens and commits them all."""
+
+    needs_law = False
+
+    def parts(self, pass_tokens: int) -> Parts:
+        """The parts of a run in passes of ``pass_tokens``."""
+        return Parts(self, self, FixedWindow(pass_tokens), pass_tokens)
+
+    def propose(self, step: Step) -> Draft:
+        """The recorded tokens."""
+        return Draft(self.at(step.positions[:, :-1]))
+
+    def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
+        """Commit the whole window as recorded."""
+        recorded = self.at(step.positions)
+        return Verdict(step.width, recorded, torch.full_like(recorded, int(Outcome.ACCEPTED)))
+
+    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
+        """Nothing to learn."""
+
+
+class Replay(TeacherForcing):
+    """Teacher forcing that measures by how much each recorded token falls short of the arg-max.
 
     Args:
         tokens: [B, N] recorded ids.
@@ -27,41 +73,21 @@ class Replay:
         flips: [B, N] whether the token is not the arg-max, margins or not.
     """
 
-    needs_law = False
-
     def __init__(self, tokens: Tensor, margin: float = 0.0) -> None:
-        self.tokens, self.margin = tokens, margin
+        super().__init__(tokens)
+        self.margin = margin
         self.gaps = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         self.flips = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
 
-    def parts(self, pass_tokens: int) -> Parts:
-        """The parts of a replay in passes of ``pass_tokens``."""
-        return Parts(self, self, FixedWindow(pass_tokens), pass_tokens)
-
-    def propose(self, step: Step) -> Draft:
-        """The recorded tokens."""
-        return Draft(self._at(step.positions[:, :-1]))
-
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """Commit the whole window as recorded; remember how each token was judged."""
-        recorded = self._at(step.positions)
+        verdict = super().verify(step, law, draft)
         noise = step.token_gumbel(law.scores.shape[-1], law.scores.dtype)
         rows, slots = step.active.nonzero(as_tuple=True)
-        positions = step.positions[rows, slots]
-        self.flips[rows, positions] = ((law.scores + noise).argmax(-1) != recorded)[rows, slots]
-        self.gaps[rows, positions] = self._gaps(law, noise, recorded)[rows, slots]
-        outcome = torch.full_like(recorded, int(Outcome.ACCEPTED))
-        return Verdict(step.width, recorded, outcome)
-
-    def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
-        """Nothing to learn."""
-
-    def join(self, rows: list[int], pictures: list[int]) -> None:
-        """A replay has as many rows as pictures."""
-        raise NotImplementedError
-
-    def _at(self, positions: Tensor) -> Tensor:
-        return self.tokens.gather(1, positions.clamp_max(self.tokens.shape[1] - 1))
+        place = (self.held[rows], step.positions[rows, slots])
+        self.flips[place] = ((law.scores + noise).argmax(-1) != verdict.tokens)[rows, slots]
+        self.gaps[place] = self._gaps(law, noise, verdict.tokens)[rows, slots]
+        return verdict
 
     def _gaps(self, law: Law, noise: Tensor, recorded: Tensor) -> Tensor:
         kept = law.scores.isfinite()
@@ -73,3 +99,36 @@ class Replay:
         best = (law.unfiltered + noise).masked_fill(~(surely if self.margin else kept), -torch.inf).amax(-1)
         own = (law.unfiltered + noise).masked_fill(~perhaps, -torch.inf).gather(-1, recorded[..., None])[..., 0]
         return (best - own).clamp_min(0).double()
+
+
+class Steered(_Recorded):
+    """A rule on given prefixes: it judges the guesses of its drafter, and the recorded tokens are committed.
+
+    A slot is reached when every guess before it is the recorded token, and a pass ends behind the first guess that is not.
+    So the total variation that the rule states for each slot (``local_tv``) is read at every position of the recorded
+    picture once, whatever the rule would have committed.
+
+    Args:
+        rule: of a chain.
+        tokens: [M, N] recorded ids.
+    """
+
+    def __init__(self, rule: Any, tokens: Tensor) -> None:
+        super().__init__(tokens)
+        self.rule = rule
+
+    def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
+        """See :class:`arsd.decoding.types.Rule`."""
+        verdict: Verdict = self.rule.verify(step, law, draft)
+        recorded = self.at(step.positions)
+        agreed = (draft.tokens[:, : recorded.shape[1] - 1] == recorded[:, :-1]).long().cumprod(1).sum(1)
+        verdict.count = torch.minimum(agreed + 1, step.width)
+        committed = torch.arange(recorded.shape[1], device=recorded.device) < verdict.count[:, None]
+        verdict.tokens, verdict.near_tie = torch.where(committed, recorded, verdict.tokens), None
+        return verdict
+
+    def join(self, rows: list[int], pictures: list[int]) -> None:
+        """Rows begin other pictures."""
+        super().join(rows, pictures)
+        if hasattr(self.rule, "join"):
+            self.rule.join(rows, pictures)

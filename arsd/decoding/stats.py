@@ -51,6 +51,11 @@ class DecodeStats:
             self.row_passes[picture] += 1
             self.accepted_lengths[count] += 1
 
+    def of_picture(self, picture: int) -> DecodeStats:
+        """What concerns one picture: the shape of its passes and how many it took part in."""
+        passes = self.row_passes[picture]
+        return DecodeStats(passes, pass_tokens=self.pass_tokens, batch=self.batch, row_passes=[passes])
+
     @property
     def tokens_per_pass(self) -> float:
         """Committed tokens per picture and pass."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from arsd.decoding.laws import Law
+    from arsd.decoding.loop import DecodeResult
     from arsd.decoding.noise import Noise
     from arsd.decoding.trees import TreeShape
 
@@ -280,6 +281,8 @@ class DecodeRequest:
         on_commit: called after each pass with the number of newly committed tokens and the tokens so far [M, N]; returns
             ``True`` to stop.
         pictures: how many to decode; ``None`` means one per row. Rows that finish take the next one of those that wait.
+        on_picture: called with (picture, :class:`arsd.decoding.loop.DecodeResult` of it alone) when a picture is finished,
+            while others go on. What it does is in no one's seconds.
     """
 
     num_tokens: int | Sequence[int]
@@ -288,3 +291,4 @@ class DecodeRequest:
     trace: bool = False
     on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)
     pictures: int | None = None
+    on_picture: Callable[[int, DecodeResult], None] | None = field(default=None, repr=False)

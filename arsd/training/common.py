@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arsd.errors import DataError
+from arsd.run_folders import claim_folder as claim_folder  # the stages take it from here
 
 
 @dataclass
@@ -119,31 +120,6 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
         why = f"({type(error).__name__}): it is damaged or belongs to another configuration; use a new --out"
         raise DataError(f"cannot resume {path} {why}") from error
     return state
-
-
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """A run folder belongs to one configuration, kept in its ``run.json``.
-
-    Raises:
-        DataError: when it belongs to another.
-    """
-    path, wanted = folder / "run.json", json.loads(json.dumps(settings))
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            other = [key for key in {**wanted, **known} if known.get(key) != wanted.get(key)]
-        except (ValueError, AttributeError):
-            raise DataError(f"{path} is damaged: delete {folder} or use a new --out") from None
-        if other:
-            raise DataError(f"{folder} is a run with another {', '.join(other)}: delete it or use a new --out")
-        return
-    made = [name for name in ("samples.pt", "checkpoint.pt") if (folder / name).exists()]
-    if made:
-        raise DataError(f"{folder} holds {', '.join(made)} of an unknown run (no run.json): delete it or use a new --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def log_line(folder: Path, **values: Any) -> None:
