@@ -19,7 +19,7 @@ import arsd
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("app", "metrics", "pipelines", "tokenizers")
-MODEL = "arsd/checkpoints/emoji-128/"
+MODEL = "arsd/checkpoints/"
 IMPORTED = ("arsd", "arsd.decoding", "arsd.pipelines", "arsd.tokenizers.vq", "arsd.metrics")
 MEGABYTE = 2**20
 
@@ -44,7 +44,7 @@ def repository_files() -> list[Path]:
 
 
 def model_files() -> dict[str, bytes]:
-    """The shipped model: path from the root -> content."""
+    """The shipped models and reference pictures: path from the root -> content."""
     files = {p.as_posix(): (ROOT / p).read_bytes() for p in repository_files() if p.as_posix().startswith(MODEL)}
     if not files:
         pytest.skip(f"{MODEL} does not exist yet")
@@ -187,6 +187,8 @@ def test_wheel_holds_every_module_and_nothing_beside_arsd(distributions, kind):
 def test_wheel_carries_the_model_byte_for_byte(distributions, kind):
     packed = wheel_contents(distributions[kind])
     assert {name: content for name, content in packed.items() if name.startswith(MODEL)} == model_files()
+    presets = {f"arsd/{path.as_posix()}" for path in repository_files() if path.parent.as_posix() == "metrics/presets"}
+    assert presets and presets == {name for name in packed if "/presets/" in name}
 
 
 @pytest.mark.slow

@@ -96,11 +96,15 @@ def quiet() -> Iterator[None]:
 
 
 def show_warnings_in_one_line() -> None:
-    """Warnings as ``arsd: warning: text``, without file and source line."""
+    """Warnings as ``arsd: warning: text``, without file and source line; each text once."""
     import sys
 
+    shown: set[str] = set()
+
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-        print(f"arsd: warning: {message}", file=sys.stderr)
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"arsd: warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 
