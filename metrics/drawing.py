@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class DrawnSet:
         changed: [N] expected changed tokens.
         near_ties: [N].
         hashes: [N] SHA-256 of the tokens.
-        seconds: of decode calls, per picture.
+        seconds: of decode calls, per picture (the median of the calls).
         pass_tokens: tokens per row in every pass.
     """
 
@@ -208,10 +209,9 @@ def _settings(pipe: Any, strategy: DecodingStrategy, plan: DrawPlan, stream: int
 
 
 def _seconds(folder: Path) -> float:
-    """Decode seconds per picture over all finished calls; NaN when none is on record."""
+    """Decode seconds per picture: the median of all calls, which a busy moment does not move; NaN when none is on record."""
     try:
         calls = [json.loads(line) for line in (folder / "calls.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return float("nan")
-    pictures = sum(call["pictures"] for call in calls)
-    return sum(call["seconds"] for call in calls) / pictures if pictures else float("nan")
+    return statistics.median(call["seconds"] / call["pictures"] for call in calls) if calls else float("nan")
