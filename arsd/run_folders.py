@@ -47,7 +47,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], made: Sequence[str] = (
         if other:
             raise DataError(f"{folder} is a run with another {', '.join(other)}: delete it or use a new --out")
         return
-    found = sorted(file.name for pattern in made for file in folder.glob(pattern))
+    found = [file.name for pattern in made for file in sorted(folder.glob(pattern))]
     if found:
         raise DataError(f"{folder} holds {', '.join(found[:3])} of an unknown run: delete it or use a new --out")
     write_atomically(path, json.dumps(wanted, indent=1) + "\n")

@@ -13,6 +13,7 @@ import torch
 
 from arsd.metrics.drawing import STREAM, DrawPlan
 from arsd.metrics.judge import Judge
+from arsd.provenance import weights_hash
 from arsd.run_folders import write_atomically
 
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "torchmetrics", "torch-fidelity", "pillow", "numpy")
@@ -38,10 +39,12 @@ def drawing_card(pipe: Any, plan: DrawPlan) -> dict[str, Any]:
     """
     from arsd.devices import device_kind, dtype_name
 
+    drafter = getattr(pipe, "drafter", None)
     law = pipe.law_config(pipe.transformer.config["sampling"], plan.sampling)
     return {
         "model": Path(str(pipe.config.get("_name_or_path") or "")).name or type(pipe).__name__,
         "model_hash": pipe.model_hash,
+        "drafter_hash": None if drafter is None else weights_hash(drafter),
         "pictures": len(plan.inputs),
         "inputs_sha256": plan.inputs_hash,
         "guidance_scale": law.guidance_scale,
