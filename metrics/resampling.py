@@ -62,4 +62,4 @@ def bootstrap_mean(values: np.ndarray, confidence: float = 0.95, draws: int = 20
     if tail * draws < 10:
         z = statistics.NormalDist().inv_cdf(1 - tail)
         low, high = min(low, -z), max(high, z)
-    return Interval(mean, mean - high * error, mean - low * error)
+    return Interval(mean, float(mean - high * error), float(mean - low * error))
