@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from arsd.errors import DataError
-from arsd.run_folders import claim_folder as claim_folder  # the stages take it from here
 
 
 @dataclass

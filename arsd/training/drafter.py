@@ -27,7 +27,8 @@ from arsd.errors import DataError
 from arsd.models.eagle import EagleDrafter
 from arsd.models.llamagen import attention_bias
 from arsd.provenance import model_hash, weights_hash
-from arsd.training.common import Muon, Run, claim_folder, save_atomically
+from arsd.run_folders import claim_folder
+from arsd.training.common import Muon, Run, save_atomically
 from arsd.training.data import held_out_captions, training_captions
 
 GENERATION_BATCH = 32

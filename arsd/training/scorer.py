@@ -23,7 +23,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 
 from arsd.devices import has_fast_bfloat16
 from arsd.errors import DataError
-from arsd.training.common import Muon, Run, claim_folder
+from arsd.run_folders import claim_folder
+from arsd.training.common import Muon, Run
 from arsd.training.data import EmojiData
 from arsd.training.scorer_data import (
     EOS,
