@@ -13,7 +13,7 @@ if not os.path.isdir(os.path.join(_here, "pipelines")):  # a checkout without sy
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ARPipelineOutput": "arsd.pipelines.base",
+    "ARPipelineOutput": "arsd.pipelines.outputs",
     "ArsdError": "arsd.errors",
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from arsd.models.eagle import EagleDrafter
     from arsd.models.llamagen import LlamaGenTransformer
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
-    from arsd.pipelines.base import ARPipelineOutput
     from arsd.pipelines.llamagen import LlamaGenPipeline
+    from arsd.pipelines.outputs import ARPipelineOutput
     from arsd.provenance import save_png
     from arsd.tokenizers.vq import VQTokenizer
 

@@ -9,6 +9,7 @@ mask, so that the bits of a pass do not depend on how far a row has come: over t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ class RowCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entries [B, H, T, d] and return the buffers as far as this pass attends."""
         owner, width = self._owner, self.keys.shape[-1]
-        flat = owner.slots
+        flat = owner.slots_on(self.keys.device)
         self.keys.view(-1, width).index_copy_(0, flat, key_states.reshape(-1, width))
         self.values.view(-1, width).index_copy_(0, flat, value_states.reshape(-1, width))
         return self.keys[:, :, : owner.attended], self.values[:, :, : owner.attended]
@@ -78,6 +79,7 @@ class RowCache(Cache):
         dtype: of keys, values and mask.
         device: of all tensors.
         hidden: [B, S] slots that no token may attend to (padded condition), or ``None`` when there never are any.
+        places: the device of each layer's entries; ``None`` or too few: ``device``.
     """
 
     def __init__(
@@ -90,18 +92,20 @@ class RowCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         hidden: Tensor | None = None,
+        places: Sequence[torch.device] | None = None,
     ) -> None:
         device = torch.device(device)
         shape = (batch, heads, size, head_dim)
-        layers: list[Any] = [RowCacheLayer(shape, dtype, device, self) for _ in range(num_layers)]
+        places = places if places and len(places) == num_layers else [device] * num_layers
+        layers: list[Any] = [RowCacheLayer(shape, dtype, place, self) for place in places]
         super().__init__(layers=layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)
+        self._slots_elsewhere: dict[torch.device, Tensor] = {}
         self.places = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # [B, T] slots of the pass in progress
         self.attended = size
         self._size, self._hidden = size, hidden
-        lowest = torch.finfo(dtype).min
-        self._causal = torch.full((size, size), lowest, dtype=dtype, device=device).triu_(1)
+        self._every_slot = torch.arange(size, device=device)
         self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
         self._mask = torch.empty(0, dtype=dtype, device=device)
 
@@ -121,12 +125,13 @@ class RowCache(Cache):
         if idle is not None:
             positions = torch.where(idle[:, None], self.lengths[:, None], positions)
         self.places = positions
-        self.slots = (self._row_base + positions[:, None]).flatten()
+        self.slots, self._slots_elsewhere = (self._row_base + positions[:, None]).flatten(), {}
         batch = len(self.lengths)
         shape = (batch * num_tokens, self.attended)
         if self._mask.shape != shape:
-            self._mask = torch.empty(shape, dtype=self._causal.dtype, device=positions.device)
-        torch.index_select(self._causal[:, : self.attended], 0, positions.flatten(), out=self._mask)
+            self._mask = torch.empty(shape, dtype=self._mask.dtype, device=positions.device)
+        later = self._every_slot[: self.attended] > positions.view(-1, 1)
+        self._mask.zero_().masked_fill_(later, torch.finfo(self._mask.dtype).min)
         mask = self._mask.view(batch, 1, num_tokens, self.attended)
         if self._hidden is not None:
             mask.masked_fill_(self._hidden[:, None, None, : self.attended], torch.finfo(mask.dtype).min)
@@ -156,8 +161,16 @@ class RowCache(Cache):
         into, out_of = ((self._row_base + (self.lengths[:, None] + x)[:, None]).flatten() for x in (columns, source))
         for layer in self.layers:
             for entries in (cast(Any, layer).keys, cast(Any, layer).values):
-                flat = entries.view(-1, entries.shape[-1])
-                flat.index_copy_(0, into, flat.index_select(0, out_of))
+                flat, there = entries.view(-1, entries.shape[-1]), entries.device
+                flat.index_copy_(0, into.to(there), flat.index_select(0, out_of.to(there)))
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """:attr:`slots` on the device of a layer; copied once a pass."""
+        if device == self.slots.device:
+            return self.slots
+        if device not in self._slots_elsewhere:
+            self._slots_elsewhere[device] = self.slots.to(device)
+        return self._slots_elsewhere[device]
 
     def get_max_length(self) -> int:  # type: ignore[override]
         """S."""

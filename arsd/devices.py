@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +64,26 @@ def device_kind(device: torch.device | str) -> str:
 def dtype_name(pipe: Any) -> str:
     """The dtype of a pipeline or model as in :data:`DTYPES`: ``float32``, ``bfloat16``, ..."""
     return str(pipe.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def in_use(*modules: Any) -> Iterator[None]:
+    """Have the offloading hooks of whole modules (accelerate's, diffusers') bring their weights for as long as this lasts.
+
+    Such hooks act when a module's ``forward`` is called. What a pipeline calls are parts of it: its decoder without the
+    head, its embedding, the ``encode`` and ``decode`` of a tokenizer.
+    """
+    hooked = [(hook, module) for module in modules if isinstance(module, torch.nn.Module) for hook in _hooks_of(module)]
+    try:
+        for hook, module in hooked:
+            hook.pre_forward(module)
+        yield
+    finally:
+        for hook, module in reversed(hooked):
+            hook.post_forward(module, None)
+
+
+def _hooks_of(module: torch.nn.Module) -> list[Any]:
+    accelerates, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
+    found = [] if accelerates is None else [accelerates]
+    return found + ([] if registry is None else list(registry.hooks.values()))

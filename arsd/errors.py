@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 
@@ -36,3 +38,11 @@ class NonFiniteLogitsError(ArsdError):
 
 class DataError(ArsdError):
     """Training or evaluation data that is missing or not what it should be."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line of the user's code that led here, however many frames of this package and of torch lie between."""
+    frame, level = sys._getframe(1), 3
+    while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").partition(".")[0] in ("arsd", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -20,31 +20,41 @@ from torch import Tensor
 from arsd.errors import InputError
 
 KEY = "arsd"
-_WEIGHTS = (".safetensors", ".bin", ".pt")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
 
 
-def model_hash(folder: str | Path) -> str:
+def model_hash(*sources: str | Path) -> str:
     """SHA-256 over the weights, tokenizers and network configurations of a pipeline folder (64 hex digits).
 
     Files count in the order of their names. What a library writes about itself into a configuration does not count, nor do
-    the model index, the decoding strategy and the drafter: they do not belong to the model.
+    the model index, the decoding strategy and the drafter: they do not belong to the model. Of a model that was published in
+    several places (files or folders), it is the hash of their hashes.
     """
-    folder, digest = Path(folder), hashlib.sha256()
+    if len(sources) != 1:
+        return hashlib.sha256("".join(model_hash(source) for source in sources).encode()).hexdigest()
+    folder, digest = Path(sources[0]), hashlib.sha256()
+    if folder.is_file():
+        return _file_hash(folder).hex()
     for path in sorted(folder.rglob("*")):
         if path.relative_to(folder).parts[0] == "drafter":
             continue
-        if path.suffix in _WEIGHTS or path.name == "tokenizer.json":
-            content = path.read_bytes()
+        if path.suffix in _WEIGHTS or path.name in ("tokenizer.json", "text_tokenizer.json"):
+            hashed = _file_hash(path)
         elif path.name == "config.json":
             values = json.loads(path.read_bytes())
             kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in _NOT_THE_MODEL}
-            content = json.dumps(kept, sort_keys=True).encode()
+            hashed = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
         else:
             continue
         digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(hashlib.sha256(content).digest())
+        digest.update(hashed)
     return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> bytes:
+    with path.open("rb") as file:  # never whole in memory: a shard may be 5 GB
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def weights_hash(module: torch.nn.Module) -> str:

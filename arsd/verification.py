@@ -20,7 +20,7 @@ from torch import Tensor
 
 from arsd.decoding import CounterNoise, DecodeRequest, LawConfig, Laws, decode
 from arsd.decoding.replay import Replay
-from arsd.devices import dtype_name
+from arsd.devices import dtype_name, in_use
 from arsd.errors import ArsdError
 from arsd.provenance import read_record, tokens_sha256, unpack_tokens
 
@@ -87,11 +87,12 @@ def verify_pictures(pipe: Any, sources: Sequence[Any]) -> list[Verification]:
         path = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "filename", ""))
         checked = _read(pipe, index, source)
         if isinstance(checked, _Case):
-            key = (checked.record["batch"], checked.record["pass_tokens"], checked.law)
-            groups[(*key, "prompt" in checked.record)].append(checked)
+            record = checked.record
+            alike = tuple(record.get(name) for name in ("height", "width", "slots", "given_tokens"))
+            groups[(record["batch"], record["pass_tokens"], checked.law, "prompt" in record, alike)].append(checked)
         else:
             results[index] = Verification(path, *checked)
-    for (batch, pass_tokens, law, _), cases in groups.items():
+    for (batch, pass_tokens, law, *_), cases in groups.items():
         for first in range(0, len(cases), batch):
             part = cases[first : first + batch]
             for case, result in zip(part, _judge(pipe, part, batch, pass_tokens, law), strict=True):
@@ -127,9 +128,15 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, f"its tokens cannot be read ({type(error).__name__})"
     if not whole or not 1 <= numbers[0] <= 4096 or not 1 <= numbers[1] <= 4096:
         return UNKNOWN, "its record is damaged (pass shape or seed)"
-    grammar = pipe.make_grammar()
-    if len(tokens) != grammar.num_tokens or int(tokens.max()) >= grammar.vocab:
-        return REFUTED, f"this model makes {grammar.num_tokens} tokens below {grammar.vocab}"
+    try:
+        raster = pipe.make_raster(record.get("height"), record.get("width"))
+    except (ArsdError, TypeError) as error:
+        return REFUTED, f"this model cannot have made it: {error}"
+    if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
+        return REFUTED, f"this model makes {raster.num_tokens} tokens below {raster.vocab}"
+    given = record.get("given_tokens", 0)
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < raster.num_tokens:
+        return UNKNOWN, "its record is damaged (given_tokens)"
     if tokens_sha256(tokens) != record.get("tokens_sha256"):
         return REFUTED, "the tokens do not have the recorded hash"
     return _Case(index, image, record, tokens, law)
@@ -140,22 +147,24 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
     dtype = dtype_name(pipe)
     filled = cases + [cases[0]] * (batch - len(cases))  # the pass keeps its shape
     try:
-        condition, padding = _conditions(pipe, filled, law)
+        conditions = pipe.conditions_of([case.record for case in filled], law.guidance_scale != 1)
     except ArsdError as error:
         if len(cases) > 1:  # one record must not speak for the others
             return [result for case in cases for result in _judge(pipe, [case], batch, pass_tokens, law)]
         return [Verification("", REFUTED, f"its prompt cannot have made it: {error}")]
-    device = condition.device
+    device, raster = conditions.condition.device, conditions.raster
     noise = CounterNoise([c.record["noise_seed"] for c in filled], [c.record["image_index"] for c in filled], device)
     replay = Replay(torch.stack([c.tokens for c in filled]).to(device), MARGINS[dtype])
-    grammar = pipe.make_grammar()
-    target = pipe.target_maker(condition, padding)(pass_tokens, batch)
-    request = DecodeRequest(grammar.num_tokens)
-    stats = decode(target, replay.parts(pass_tokens), Laws(law, grammar), noise, request, batch).stats
+    if first := filled[0].record.get("given_tokens"):
+        conditions.given = replay.tokens[:, :first]
+    grammar = pipe.make_grammar(raster)
+    with in_use(pipe.transformer):
+        target = pipe.target_maker(conditions)(pass_tokens, batch)
+        request = DecodeRequest(raster.num_tokens, given=conditions.given)
+        stats = decode(target, replay.parts(pass_tokens), Laws(law, grammar), noise, request, batch).stats
     probe = pipe.arithmetic_probe(batch, pass_tokens, law.guidance_scale != 1)
     passes = stats.forward_passes + stats.prefill_passes
-    with torch.inference_mode():
-        decoded = (pipe.decode_pixels(replay.tokens[: len(cases)]).float().clamp(-1, 1) + 1) / 2
+    decoded = (pipe.decode_pixels(replay.tokens[: len(cases)], raster).float().clamp(-1, 1) + 1) / 2
     results = []
     for b, case in enumerate(cases):
         exact = case.record.get("probe") == probe
@@ -163,16 +172,6 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
         pixels = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
         results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes))
     return results
-
-
-def _conditions(pipe: Any, cases: list[_Case], law: LawConfig) -> tuple[Tensor, Tensor | None]:
-    if "prompt" in cases[0].record:
-        inputs: dict[str, Any] = {"prompt": [str(c.record["prompt"]) for c in cases]}
-    else:
-        inputs = {"class_labels": [c.record["class_label"] for c in cases]}
-    with torch.no_grad():
-        condition, padding, _ = pipe.encode_inputs(**inputs, guided=law.guidance_scale != 1)
-    return condition, padding
 
 
 def _verdict(exact: bool, flips: int, hard: int, allowed: int, pixels: bool, passes: int) -> Verification:

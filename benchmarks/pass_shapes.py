@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ HERE = Path(__file__).parent
 
 def same_rows(pipe: Any, batch: int, pass_tokens: int) -> Any:
     """A target whose rows all have one condition."""
-    condition, padding, _ = pipe.encode_inputs(**one_input(pipe))
-    many = condition.expand(-1, batch, -1, -1)
-    return pipe.target_maker(many, None if padding is None else padding.expand(-1, batch, -1))(pass_tokens, batch)
+    conditions = pipe.encode_inputs(**one_input(pipe))
+    conditions.condition = conditions.condition.expand(-1, batch, -1, -1)
+    if conditions.padding is not None:
+        conditions.padding = conditions.padding.expand(-1, batch, -1)
+    return pipe.target_maker(conditions)(pass_tokens, batch)
 
 
 def one_input(pipe: Any) -> dict[str, Any]:
@@ -129,16 +132,18 @@ def replay(arguments: argparse.Namespace, device: torch.device) -> list[dict[str
         made = {"batch_size": arguments.batches[0], "output_type": "latent", "progress": False}
         decoder = arsd.SJD(window=arguments.widths[0])
         out = pipe(**given, decoder=decoder, generator=torch.Generator().manual_seed(11), **made)
-        condition, padding, _ = pipe.encode_inputs(**given)
+        conditions = pipe.encode_inputs(**given)
         for batch in arguments.batches:
             for width in arguments.widths:
                 flips, gaps = [], []
                 for start in range(0, count - batch + 1, batch):
                     part = slice(start, start + batch)
-                    grammar, part_padding = pipe.make_grammar(), None if padding is None else padding[:, part]
+                    grammar, padding = pipe.make_grammar(), conditions.padding
+                    some = replace(conditions, condition=conditions.condition[:, part])
+                    some.padding = None if padding is None else padding[:, part]
                     noise = CounterNoise(out.seeds[part], out.image_indices[part], device)
                     forced = Replay(out.tokens[part], MARGINS[dtype])
-                    target = pipe.target_maker(condition[:, part], part_padding)(width, batch)
+                    target = pipe.target_maker(some)(width, batch)
                     request = DecodeRequest(grammar.num_tokens)
                     decode(target, forced.parts(width), Laws(out.law_config, grammar), noise, request, batch)
                     flips += forced.flips.sum(1).tolist()

@@ -21,7 +21,7 @@ from models import load
 
 from arsd.cli.common import table
 from arsd.devices import DTYPES, device_kind, resolve_device
-from arsd.pipelines.base import to_output
+from arsd.pipelines.outputs import to_output
 from arsd.provenance import pack_tokens, save_png, tokens_sha256
 
 HERE = Path(__file__).parent

@@ -69,7 +69,7 @@ class Contest:
     def __init__(self, arguments: argparse.Namespace, pipe: Any, batch: int) -> None:
         self.pipe, self.batch, self.device = pipe, batch, pipe.device
         self.sampling = {"guidance_scale": arguments.guidance_scale, "top_k": arguments.top_k}
-        self.config = pipe.law_config(pipe.transformer.config["sampling"], self.sampling)
+        self.config = pipe.law_config(self.sampling)
         self.total = pipe.transformer.num_tokens
         self.tokens = min(arguments.tokens or self.total, self.total)
         with torch.no_grad():

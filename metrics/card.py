@@ -40,7 +40,7 @@ def drawing_card(pipe: Any, plan: DrawPlan) -> dict[str, Any]:
     from arsd.devices import device_kind, dtype_name
 
     drafter = getattr(pipe, "drafter", None)
-    law = pipe.law_config(pipe.transformer.config["sampling"], plan.sampling)
+    law = pipe.law_config(plan.sampling)
     return {
         "model": Path(str(pipe.config.get("_name_or_path") or "")).name or type(pipe).__name__,
         "model_hash": pipe.model_hash,

@@ -1,7 +1,8 @@
 """Diffusers-style pipelines: prompt in, pictures out, with a decoding strategy as the component ``decoder``."""
 
 from arsd.pipelines.auto import AutoARPipeline
-from arsd.pipelines.base import ARImagePipeline, ARPipelineOutput
+from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.pipelines.outputs import ARPipelineOutput
 
 __all__ = ["ARImagePipeline", "ARPipelineOutput", "AutoARPipeline", "LlamaGenPipeline"]

@@ -1,25 +1,20 @@
-"""What every image pipeline shares: seeds, laws, the call into the decoding loop, progress, callbacks, output."""
+"""What every image pipeline shares: the call from inputs to pictures, seeds, laws, decoding, progress, callbacks."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
 from arsd.decoding import (
     Autoregressive,
     CounterNoise,
     DecodeRequest,
-    DecodeStats,
     DecodingStrategy,
     Grammar,
     LawConfig,
@@ -28,84 +23,95 @@ from arsd.decoding import (
     build_parts,
     decode,
 )
-from arsd.devices import device_kind, dtype_name
+from arsd.decoding.types import DraftModel
+from arsd.devices import device_kind, dtype_name, in_use
 from arsd.errors import InputError, StrategyError
+from arsd.models.raster import Raster
+from arsd.pipelines.outputs import OUTPUT_TYPES, ARPipelineOutput, Conditions, Generators, noise_keys, to_output
+from arsd.pipelines.prefix import encode_beginnings
+from arsd.pipelines.provable import Provable
 from arsd.profile import find_profile
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Decoders = DecodingStrategy | str | Sequence[DecodingStrategy | str] | None
 TargetMaker = Callable[[int, int], Any]  # (pass_tokens, batch) -> target
+DraftMaker = Callable[[int], DraftModel]  # window -> the draft model of a call
 
 
-@dataclass
-class ARPipelineOutput(BaseOutput):
-    """What a pipeline returns.
+class ARImagePipeline(Provable, DiffusionPipeline):
+    """Base of the image pipelines. A subclass turns inputs into conditions and a target; nothing here knows a model.
 
-    Args:
-        images: pictures in the order asked for, in the asked ``output_type``.
-        tokens: [B, N] image codes.
-        stats: figures of the call, :class:`arsd.decoding.DecodeStats`.
-        seeds: [B] noise seed of each picture; with ``image_indices`` it fixes the picture of a seed-exact decoder.
-        image_indices: [B] index under which each picture's noise was drawn.
-        law_config: the sampling options that were in force.
-        decoders: [B] strategy of each picture.
-        inputs: [B] what each picture was made of: ``{"prompt": ...}``, ``{"class_label": ...}`` or ``{}``.
-        log_probs: [B, N] log-probabilities of the tokens, when asked for.
-        entropies: [B, N] entropies (nats) of the tokens' laws, when asked for.
-        trace: every pass, when asked for.
-    """
-
-    images: Any
-    tokens: Tensor
-    stats: DecodeStats
-    seeds: list[int]
-    image_indices: list[int]
-    law_config: LawConfig
-    decoders: list[DecodingStrategy]
-    inputs: list[dict[str, Any]]
-    log_probs: Tensor | None = None
-    entropies: Tensor | None = None
-    trace: Any = None
-
-
-def noise_keys(generator: Generators, batch: int) -> tuple[list[int], list[int]]:
-    """(seeds, image indices) of ``batch`` pictures.
-
-    One generator gives one seed to all pictures, told apart by their index; a list gives each picture its own seed and index
-    0, so that it comes out as in a call of its own. Without a generator the seed is fresh entropy. Drawing the seed advances
-    the generator, as diffusers users expect of a second call.
-
-    Raises:
-        InputError: when a list has the wrong length.
-    """
-
-    def draw(source: torch.Generator) -> int:
-        return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
-
-    if generator is None:
-        return [secrets.randbits(63)] * batch, list(range(batch))
-    if isinstance(generator, torch.Generator):
-        return [draw(generator)] * batch, list(range(batch))
-    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
-        raise InputError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
-    if len(generator) != batch:
-        raise InputError(f"got {len(generator)} generators for {batch} pictures: give one, or one for each")
-    return [draw(source) for source in generator], [0] * batch
-
-
-class ARImagePipeline(DiffusionPipeline):
-    """Base of the image pipelines. A subclass turns inputs into a target; nothing here knows a model.
-
-    Components: ``decoder``, a :class:`arsd.DecodingStrategy`, which can be swapped like a scheduler.
+    Components: ``transformer``, the model; ``vq``, the image tokenizer; ``decoder``, a :class:`arsd.DecodingStrategy`, which
+    can be swapped like a scheduler; ``drafter``, a draft model or ``None``.
     """
 
     _callback_tensor_inputs = ["tokens"]
+    _exclude_from_cpu_offload = ["drafter"]  # small, and used in every pass
     decoder: DecodingStrategy
+    transformer: Any
+    vq: Any
+    drafter: Any
 
-    def decode_pixels(self, tokens: Tensor) -> Tensor:
-        """Codes [B, N] to pictures [B, 3, H, W] in [-1, 1]; a picture never depends on the others."""
+    # ------------------------------------------------------------------------------------------- what a family provides
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that the model was published with (fields of :class:`arsd.decoding.LawConfig`)."""
         raise NotImplementedError
+
+    def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
+        """How a picture of this size (pixels; the model's own when ``None``) lies in its tokens.
+
+        Raises:
+            InputError: for a size that the model cannot make.
+        """
+        raise NotImplementedError
+
+    def check_inputs(self, height: int | None, width: int | None, num_images_per_prompt: int, **inputs: Any) -> None:
+        """Raise InputError for anything that the model cannot work with."""
+        raise NotImplementedError
+
+    def encode_inputs(
+        self,
+        *,
+        num_images_per_prompt: int = 1,
+        guided: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        given: Tensor | None = None,
+        **inputs: Any,
+    ) -> Conditions:
+        """Inputs, as :meth:`__call__` takes them, to the conditions of every picture; ``given`` [M, F] go along."""
+        raise NotImplementedError
+
+    def null_conditions(self, batch: int, guided: bool) -> Conditions:
+        """Conditions that need no input, for measurements."""
+        raise NotImplementedError
+
+    def target_maker(self, conditions: Conditions, model: Any = None) -> TargetMaker:
+        """(pass_tokens, batch) -> target of these conditions; ``model`` is the transformer unless given."""
+        raise NotImplementedError
+
+    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
+        """What makes the draft model of a call; ``encode(model=...)`` gives the conditions of another model."""
+        return None
+
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors [V, C] of all ids."""
+        vectors: Tensor = self.vq.codebook
+        return vectors
+
+    # ------------------------------------------------------------------------------------------------ the same everywhere
+
+    def make_grammar(self, raster: Raster | None = None) -> Grammar:
+        """What each position may hold, for pictures of this layout (the model's own when ``None``)."""
+        return (raster or self.make_raster()).grammar(self._execution_device)
+
+    @torch.no_grad()
+    def decode_pixels(self, tokens: Tensor, raster: Raster | None = None) -> Tensor:
+        """Tokens [B, N] to pictures [B, 3, H, W] in [-1, 1]; one by one, so that a picture never depends on the others."""
+        with in_use(self.vq):
+            return torch.cat([self.vq.decode(codes[None]) for codes in (raster or self.make_raster()).to_codes(tokens)])
 
     @property
     def interrupt(self) -> bool:
@@ -159,18 +165,6 @@ class ARImagePipeline(DiffusionPipeline):
             raise InputError(f"got {len(decoders)} decoders for {count} pictures: give one, or one for each")
         return min(batch_size or count, count)
 
-    @property
-    def model_hash(self) -> str | None:
-        """Hash of the folder that the pipeline was loaded from (:func:`arsd.provenance.model_hash`), else ``None``."""
-        from arsd.provenance import model_hash
-
-        known: tuple[str, str | None] | None = getattr(self, "_known_hash", None)
-        folder = str(self.config.get("_name_or_path") or "")
-        if known is None or known[0] != folder:
-            known = (folder, model_hash(folder) if folder and Path(folder).is_dir() else None)
-            self._known_hash = known
-        return known[1]
-
     def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         """Raise InputError for an unknown output type or callback tensor."""
         if output_type not in OUTPUT_TYPES:
@@ -179,94 +173,55 @@ class ARImagePipeline(DiffusionPipeline):
         if unknown:
             raise InputError(f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, not {unknown}")
 
-    def law_config(self, defaults: dict[str, Any] | None, given: dict[str, Any]) -> LawConfig:
+    def law_config(self, given: dict[str, Any]) -> LawConfig:
         """The sampling options of a call: what was given, else what the model was published with."""
         known = {field.name for field in fields(LawConfig)}
-        values = {k: v for k, v in (defaults or {}).items() if k in known}
+        values = {k: v for k, v in self.sampling.items() if k in known}
         values.update({k: v for k, v in given.items() if v is not None})
         return LawConfig(**values)
 
-    def arithmetic_probe(self, batch: int, pass_tokens: int, guided: bool) -> str:
-        """How this machine computes passes of a shape, as 16 hex digits (:func:`arsd.shapes.probe`); remembered."""
-        from arsd.shapes import probe
-
-        key = (batch, pass_tokens, guided, str(self._execution_device), str(self.dtype))
-        known: dict[Any, str] = self.__dict__.setdefault("_known_probes", {})
-        if key not in known:
-            target = self.target_maker(*self.null_condition(batch, guided))(pass_tokens, batch)
-            known[key] = probe(target, self.make_grammar().num_tokens, pass_tokens)
-        return known[key]
-
-    def to_pil(self, tokens: Tensor) -> list[Image.Image]:
-        """The pictures of token rows [B, N]."""
-        with torch.inference_mode():
-            pictures: list[Image.Image] = to_output(self.decode_pixels(tokens), "pil")
-        return pictures
-
-    def record(self, output: ARPipelineOutput, index: int) -> dict[str, Any]:
-        """Everything that picture ``index`` of an output depends on, for :func:`arsd.provenance.save_png`."""
-        from arsd.provenance import make_record
-
-        return make_record(self, output, index)
-
-    def verify(self, images: Any) -> Any:
-        """Whether pictures are the plain AR samples of their seeds: see :mod:`arsd.verification`.
-
-        Args:
-            images: a path or a PIL image opened from a PNG that arsd wrote, or a list of them.
-
-        Returns:
-            A :class:`arsd.verification.Verification`, or a list of them.
-        """
-        from arsd.verification import verify_pictures
-
-        if isinstance(images, Sequence) and not isinstance(images, str):
-            return verify_pictures(self, images)
-        return verify_pictures(self, [images])[0]
-
     def run_decoder(
         self,
-        make_target: TargetMaker,
+        conditions: Conditions,
         decoders: list[DecodingStrategy],
         config: LawConfig,
-        grammar: Grammar,
         keys: tuple[list[int], list[int]],
-        row_length: int,
         batch: int,
         callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         progress: bool = True,
         callback_inputs: Sequence[str] = ("tokens",),
-        draft: dict[str, Any] | None = None,
+        draft_model: DraftMaker | None = None,
         on_picture: Callable[[int, Any], None] | None = None,
-        **record: bool,
+        log_probs: bool = False,
+        trace: bool = False,
     ) -> Any:
         """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
 
         Args:
-            make_target: (pass_tokens, batch) -> target.
+            conditions: of all pictures.
             decoders: one strategy, or one per picture.
             config: sampling options.
-            grammar: what each position may hold.
             keys: seeds and image indices of the pictures.
-            row_length: tokens per line of the picture.
             batch: rows of a pass.
             callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
             progress: show the bar.
             callback_inputs: tensors that the callback gets (copies).
-            draft: what drafters and rules may need of the model: ``codebook`` and ``draft_model`` of
-                :class:`arsd.decoding.Setting`.
+            draft_model: makes the draft model of the call for a window.
             on_picture: called with each picture that is finished, and its own result.
-            record: ``log_probs`` and ``trace``.
+            log_probs: also return log-probabilities and entropies.
+            trace: also return every pass.
         """
-        count, device = len(keys[0]), self._execution_device
+        count, device, raster, given = len(keys[0]), self._execution_device, conditions.raster, conditions.given
+        grammar = self.make_grammar(raster)
         noise = CounterNoise(*keys, device, batch)
         profile = find_profile(self.model_hash, device_kind(device), dtype_name(self))
         laws = Laws(config, grammar)
-        call = (batch, grammar.num_tokens, row_length, grammar, noise, device, profile, laws)
-        parts = build_parts(decoders, Setting(*call, **(draft or {})))
-        target = make_target(parts.pass_tokens, batch)
+        call = (batch, grammar.num_tokens, raster.row_length, grammar, noise, device, profile, laws)
+        parts = build_parts(decoders, Setting(*call, codebook=self.codebook, draft_model=draft_model, given=given))
+        target = self.target_maker(conditions)(parts.pass_tokens, batch)
         self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
-        with self.progress_bar(total=grammar.num_tokens * count) if progress else _Silent() as bar:
+        total = (grammar.num_tokens - (0 if given is None else given.shape[1])) * count
+        with self.progress_bar(total=total) if progress else _Silent() as bar:
 
             def on_commit(count: int, tokens: Tensor) -> bool:
                 nonlocal step, done
@@ -279,11 +234,157 @@ class ARImagePipeline(DiffusionPipeline):
                 return self.interrupt
 
             request = DecodeRequest(
-                grammar.num_tokens, row_length, **record, on_commit=on_commit, pictures=count, on_picture=on_picture
+                grammar.num_tokens,
+                raster.row_length,
+                given,
+                log_probs=log_probs,
+                trace=trace,
+                on_commit=on_commit,
+                pictures=count,
+                on_picture=on_picture,
             )
             result = decode(target, parts, laws, noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        decoder: Decoders = None,
+        batch_size: int | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+        log_probs: bool = False,
+        trace: bool = False,
+        progress: bool = True,
+        on_picture: Callable[[int, ARPipelineOutput], None] | None = None,
+        image: Any = None,
+        strength: float = 0.5,
+        prompt_images: Any = None,
+        image_guidance_scale: float | None = None,
+    ) -> Any:
+        """Make pictures. The arguments are the same for all families; what a model cannot work with is refused.
+
+        Args:
+            prompt: one prompt or several (text models).
+            class_labels: one class id or several (class models).
+            height: pixels; the model's own size or ``None``, or one of several sizes where a model has them.
+            width: likewise.
+            guidance_scale: s of ``u + s (c - u)``; ``None`` takes the model's published value, 1 turns guidance off.
+            guidance_interval: guide the first tokens only (LlamaGen's ``cfg_interval``, see :class:`LawConfig`).
+            temperature: divides the logits; 0 is greedy.
+            top_k: keep the k most likely tokens; 0 keeps all.
+            top_p: keep the smallest set of tokens with this mass.
+            num_images_per_prompt: pictures per prompt; they come prompt by prompt.
+            generator: source of the noise seed: one, or one per picture; see :func:`arsd.pipelines.outputs.noise_keys`.
+            decoder: strategy of this call, an object or text such as ``"sjd:window=32"``; ``None``: the pipeline's own. A
+                list gives each picture its own; they share every pass.
+            batch_size: rows decoded at a time; a picture that waits takes the row of one that is finished. ``None``: all.
+            prompt_embeds: caption features [B, T, caption_dim], left-padded, instead of a prompt (LlamaGen).
+            prompt_attention_mask: [B, T], their mask.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent`` (the codes [B, h, w]).
+            return_dict: return :class:`ARPipelineOutput` rather than a tuple ``(images,)``.
+            callback_on_step_end: called after each pass with (pipe, pass, tokens so far, {"tokens": [B, N]}).
+            callback_on_step_end_tensor_inputs: tensors that the callback gets.
+            log_probs: also return log-probabilities and entropies.
+            trace: also return every pass.
+            progress: show a progress bar.
+            on_picture: called with the number of each picture as it is finished, and with an output of this picture alone,
+                while others of a queue are still being decoded. Its stats have passes, but no seconds.
+            image: a picture that is continued, or one for each prompt: its upper part is kept, token for token.
+            strength: which share of ``image`` is made anew, from the bottom up: 0.5 keeps the upper half.
+            prompt_images: pictures that every prompt speaks of (Anole).
+            image_guidance_scale: r of ``u + r (i - u) + s (c - i)``, where there are ``prompt_images``.
+
+        Returns:
+            :class:`ARPipelineOutput`: pictures, tokens and figures.
+
+        Raises:
+            InputError: for inputs that the model cannot work with.
+            StrategyError: for a decoder that is none.
+            NonFiniteLogitsError: when the model breaks.
+        """
+        # 1. Check
+        named = {"prompt": prompt, "class_labels": class_labels, "prompt_images": prompt_images}
+        named |= {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
+        inputs = {name: value for name, value in named.items() if value is not None}
+        self.check_inputs(height, width, num_images_per_prompt, **inputs)
+        self.check_output(output_type, callback_on_step_end_tensor_inputs)
+        strategies, raster = self.check_decoder(decoder), self.make_raster(height, width)
+        options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
+        options |= {"top_k": top_k, "top_p": top_p, "image_guidance_scale": image_guidance_scale}
+        config = self.law_config(options)
+        self._guidance_scale = config.guidance_scale
+
+        # 2. Condition
+        given = None
+        if image is not None:
+            with in_use(self.vq):
+                count = _count(prompt if prompt is not None else class_labels if class_labels is not None else prompt_embeds)
+                given = encode_beginnings(self.vq, image, strength, raster, count, num_images_per_prompt)
+        inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": config.guidance_scale != 1}
+        encode = partial(self.encode_inputs, **inputs, height=height, width=width, given=given)
+        conditions = encode()
+        batch = self.check_rows(strategies, len(conditions.inputs), batch_size)
+        keys = noise_keys(generator, len(conditions.inputs))
+
+        # 3. Decode and turn into pictures
+        decoders = strategies if len(strategies) > 1 else strategies * len(conditions.inputs)
+        described = list(zip(*keys, decoders, conditions.inputs, strict=True))
+
+        def output(result: Any, chosen: Sequence[int]) -> ARPipelineOutput:
+            latent = output_type == "latent"
+            images = raster.to_codes(result.tokens) if latent else self._pictures(result.tokens, raster, output_type)
+            columns = zip(*(described[i] for i in chosen), strict=True)
+            seeds, indices, made_by, made_of = (list(column) for column in columns)
+            recorded = (result.log_probs, result.entropies, result.trace)
+            return ARPipelineOutput(images, result.tokens, result.stats, seeds, indices, config, made_by, made_of, *recorded)
+
+        def finished(picture: int, result: Any) -> None:
+            assert on_picture is not None
+            on_picture(picture, output(result, [picture]))
+
+        with in_use(self.transformer):
+            result = self.run_decoder(
+                conditions,
+                strategies,
+                config,
+                keys,
+                batch,
+                callback_on_step_end,
+                progress,
+                callback_on_step_end_tensor_inputs,
+                self.draft_maker(conditions, batch, encode),
+                None if on_picture is None else finished,
+                log_probs=log_probs,
+                trace=trace,
+            )
+        result_output = output(result, range(len(conditions.inputs)))
+        self.maybe_free_model_hooks()
+        return result_output if return_dict else (result_output.images,)
+
+    def _pictures(self, tokens: Tensor, raster: Raster, output_type: str) -> Any:
+        return to_output(self.decode_pixels(tokens, raster), output_type)
+
+
+def _count(given: Any) -> int:
+    """How many inputs there are."""
+    return 1 if isinstance(given, (str, int)) or (isinstance(given, Tensor) and given.ndim == 0) else len(given)
 
 
 class _Silent:
@@ -297,14 +398,3 @@ class _Silent:
 
     def update(self, count: int) -> None:
         """Nothing to show."""
-
-
-def to_output(pixels: Tensor, output_type: str) -> Any:
-    """Pictures [B, 3, H, W] in [-1, 1] as ``pil``, ``np`` ([B, H, W, 3] in [0, 1]) or ``pt`` ([B, 3, H, W] in [0, 1])."""
-    unit = (pixels.float().clamp(-1, 1) + 1) / 2
-    if output_type == "pt":
-        return unit
-    array = unit.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    return [Image.fromarray(picture) for picture in np.round(array * 255).astype(np.uint8)]

@@ -33,8 +33,8 @@ def inputs(pipe: arsd.LlamaGenPipeline) -> dict[str, Any]:
 def decoded(pipe: arsd.LlamaGenPipeline) -> tuple[Tensor, Tensor, Tensor, Any]:
     """(tokens, condition, padding, target that has read them all and kept its features)."""
     tokens = codes(pipe, PROMPTS)
-    condition, padding, _ = pipe.encode_inputs(PROMPTS)
-    target = pipe.target_maker(condition, padding)(4, len(PROMPTS))
+    conditions = pipe.encode_inputs(PROMPTS)
+    target = pipe.target_maker(conditions)(4, len(PROMPTS))
     target.keep_features()
     with torch.inference_mode():
         target.prefill([-target.unread] * len(tokens), 4)
@@ -43,4 +43,4 @@ def decoded(pipe: arsd.LlamaGenPipeline) -> tuple[Tensor, Tensor, Tensor, Any]:
             target.rollback(lengths)
             fed = F.pad(tokens, (1, 0))[:, n : n + 4]
             target.forward(fed, lengths, lengths.tolist())
-    return tokens, condition, padding, target
+    return tokens, conditions.condition, conditions.padding, target

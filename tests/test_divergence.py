@@ -77,8 +77,8 @@ def drafting():
 
 def laws(pipe, model, prompt, tokens):
     """[N, V] guided laws of a transformer on one picture's prefixes, from one plain pass over all of it."""
-    condition, padding, _ = pipe.encode_inputs([prompt], guided=True, model=model)
-    target = pipe.target_maker(condition, padding, model)(TOKENS, 1)
+    conditions = pipe.encode_inputs([prompt], guided=True, model=model)
+    target = pipe.target_maker(conditions, model)(TOKENS, 1)
     target.prefill([-target.unread], TOKENS)
     target.rollback(torch.tensor([0]))
     fed = torch.cat([tokens.new_zeros(1), tokens[:-1]])[None]

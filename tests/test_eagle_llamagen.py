@@ -129,14 +129,14 @@ def test_class_conditional_logits_are_the_published_ones(tmp_path):
     state = reference.drafter_state()
     drafter = precise(EagleDrafter.from_single_file(published(tmp_path / "a", state), dtype=torch.float64))
     tokens = codes(pipe, class_labels=CLASSES)
-    condition, padding, _ = pipe.encode_inputs(class_labels=CLASSES)
-    target, none = pipe.target_maker(condition, padding)(TOKENS, 4), torch.zeros(4, dtype=torch.int64)
+    conditions = pipe.encode_inputs(class_labels=CLASSES)
+    target, none = pipe.target_maker(conditions)(TOKENS, 4), torch.zeros(4, dtype=torch.int64)
     target.keep_features()
     target.rollback(none)
     target.forward(F.pad(tokens, (1, -1)), none, [0] * 4)
     lm, counts = pipe.transformer.lm, [5, 3, 1, 12]
     parts = (drafter, lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens)
-    model = EagleDraftModel(*parts, condition, TOKENS, 5, padding)
+    model = EagleDraftModel(*parts, conditions.condition, TOKENS, 5, conditions.padding)
     model.begin(target)
     logits = caught_up(model, tokens, counts)
     for b, n in enumerate(counts):

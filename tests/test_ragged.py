@@ -102,12 +102,12 @@ def test_rows_of_every_coupling_mix_and_each_decodes_as_in_a_batch_of_its_own(pi
 @pytest.mark.parametrize("names", [["ar"], ["sjd:window=6"], ["ar", "sjd:window=4", "sjd:window=6,coupling=maximal"]])
 def test_lengths_mix_and_short_pictures_end_where_they_should(pipe, alone, batch, names):
     lengths = [TOKENS, 3, 1, 9, TOKENS, 5]
-    condition, padding, _ = pipe.encode_inputs(prompt=PROMPTS[:6])
+    conditions = pipe.encode_inputs(prompt=PROMPTS[:6])
     seeds = [int(torch.randint(2**63 - 1, (), generator=seeded(i))) for i in range(6)]
     noise, grammar = CounterNoise(seeds, [0] * 6, batch=batch), pipe.make_grammar()
     strategies = [pipe.check_decoder(names[i % len(names)])[0] for i in range(6)]
     parts = build_parts(strategies, Setting(batch, TOKENS, 4, grammar, noise, torch.device("cpu")))
-    target = pipe.target_maker(condition, padding)(parts.pass_tokens, batch)
+    target = pipe.target_maker(conditions)(parts.pass_tokens, batch)
     request = DecodeRequest(lengths, 4, pictures=6, log_probs=True)
     result = decode(target, parts, Laws(LawConfig(2.0), grammar), noise, request, batch)
     assert result.stats.tokens == lengths

@@ -50,7 +50,7 @@ def gumbel_of(seed: int, batch: int):
 def test_generate_gives_the_tokens_of_plain_ar_when_it_gets_the_same_noise(pipes, kind, cache, sampling):
     pipe = pipes[kind]
     given = given_of(pipe, kind)
-    config = pipe.law_config(pipe.transformer.config["sampling"], sampling)
+    config = pipe.law_config(sampling)
     condition, padding = rivals.condition_of(pipe, config, given)
     for seed in range(3):
         plain = codes(pipe, **given, **sampling, seed=seed, decoder="ar")
@@ -61,7 +61,7 @@ def test_generate_gives_the_tokens_of_plain_ar_when_it_gets_the_same_noise(pipes
 @torch.no_grad()
 def test_the_positions_that_generate_derives_itself_would_be_wrong(pipes, monkeypatch):
     pipe = pipes["text"]
-    config = pipe.law_config(pipe.transformer.config["sampling"], {})
+    config = pipe.law_config({})
     condition, padding = rivals.condition_of(pipe, config, given_of(pipe, "text"))
     arguments = (pipe.transformer, condition, padding, TOKENS, config)
     right, _ = hf_generate(*arguments, gumbel=gumbel_of(0, 3))
@@ -127,7 +127,7 @@ def test_released_sjd_has_the_law_of_plain_ar(monkeypatch):
 def test_released_sjd_takes_as_many_passes_as_the_engine_with_the_same_drafts(pipes):
     """Up to the first pass, which here judges no guess."""
     pipe, window = pipes["class"], 6
-    config = pipe.law_config(pipe.transformer.config["sampling"], {"guidance_scale": 1.0, "temperature": 2.0})
+    config = pipe.law_config({"guidance_scale": 1.0, "temperature": 2.0})
     condition, padding = rivals.condition_of(pipe, config, {"class_labels": [2]})
     ours = pipe(
         class_labels=[2] * 200,
@@ -147,7 +147,7 @@ def test_released_sjd_reads_a_padded_condition_like_plain_ar(pipes):
     """With a law that leaves no choice both must give the one picture there is."""
     pipe = pipes["text"]
     given = {name: value[:1] for name, value in given_of(pipe, "text").items()}
-    config = pipe.law_config(pipe.transformer.config["sampling"], {"top_k": 1})
+    config = pipe.law_config({"top_k": 1})
     condition, padding = rivals.condition_of(pipe, config, given)
     plain = codes(pipe, **given, top_k=1, decoder="ar")
     tokens, passes, seconds = released_sjd(pipe.transformer, condition, padding, TOKENS, config, window=5)

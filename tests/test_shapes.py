@@ -17,8 +17,8 @@ PROMPTS = ["red apple", "a pear", "dog face", "blue heart", "green pear"]
 
 def target_of(batch: int, pass_tokens: int, dtype: torch.dtype = torch.float64):
     pipe = hushed(class_pipeline()).to(dtype)
-    condition, padding, _ = pipe.encode_inputs(class_labels=[2] * batch)
-    return pipe.target_maker(condition, padding)(pass_tokens, batch)
+    conditions = pipe.encode_inputs(class_labels=[2] * batch)
+    return pipe.target_maker(conditions)(pass_tokens, batch)
 
 
 TOKEN_IDS = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(0))
@@ -84,10 +84,10 @@ class CacheTouches(TorchDispatchMode):
 def test_not_one_byte_of_the_cache_is_copied_beyond_the_new_entries(decoder):
     """Refilled rows included: what reads the buffers is attention, what writes them is one scatter of the pass's entries."""
     pipe = hushed(text_pipeline())
-    condition, padding, _ = pipe.encode_inputs(prompt=PROMPTS)
+    conditions = pipe.encode_inputs(prompt=PROMPTS)
     noise, grammar = CounterNoise(list(range(5)), [0] * 5, batch=2), pipe.make_grammar()
     parts = parse_strategy(decoder).build(Setting(2, TOKENS, 4, grammar, noise, torch.device("cpu")))
-    target = pipe.target_maker(condition, padding)(parts.pass_tokens, 2)
+    target = pipe.target_maker(conditions)(parts.pass_tokens, 2)
     with CacheTouches(target.cache) as touches:
         request = DecodeRequest(TOKENS, 4, pictures=5)
         stats = decode(target, parts, Laws(LawConfig(2.0), grammar), noise, request, 2).stats
@@ -97,7 +97,7 @@ def test_not_one_byte_of_the_cache_is_copied_beyond_the_new_entries(decoder):
     layers, heads, width = 2, 2, 32
     one_token = 2 * layers * heads * width * 4 * 2 * 2  # keys and values, two rows, two guidance streams, float32
     passes = stats.forward_passes * parts.pass_tokens
-    prefill = stats.prefill_passes * (parts.pass_tokens if parts.pass_tokens > 1 else condition.shape[2] - 1)
+    prefill = stats.prefill_passes * (parts.pass_tokens if parts.pass_tokens > 1 else conditions.condition.shape[2] - 1)
     assert touches.written["index_copy_"] == (passes + prefill) * one_token
 
 

@@ -84,8 +84,8 @@ def stock_target(pass_tokens: int, batch: int = len(PROMPTS), shaken: float = 0.
 def target_of(pipe, pass_tokens: int, batch: int | None = None, prompts: list[str] = PROMPTS) -> DecoderTarget:
     if pipe is None:
         return stock_target(pass_tokens, batch or len(prompts))
-    condition, padding, _ = pipe.encode_inputs(prompt=prompts)
-    return pipe.target_maker(condition, padding)(pass_tokens, batch or len(prompts))
+    conditions = pipe.encode_inputs(prompt=prompts)
+    return pipe.target_maker(conditions)(pass_tokens, batch or len(prompts))
 
 
 def run(

@@ -12,7 +12,7 @@ from tiny_pipeline import TOKENS, VOCAB, class_pipeline, hushed, saved, seeded, 
 from arsd import AutoARPipeline
 from arsd.cli import main
 from arsd.errors import InputError
-from arsd.pipelines.base import to_output
+from arsd.pipelines.outputs import to_output
 from arsd.provenance import pack_tokens, read_png, save_png, tokens_sha256, unpack_tokens
 from arsd.verification import ALLOWED, MARGINS
 

@@ -42,7 +42,9 @@ class ModelDrafter:
         self.window, self.num_tokens = window, setting.num_tokens
         self.tokens = torch.zeros(setting.batch, setting.num_tokens + 2 * window, dtype=torch.int64, device=setting.device)
         self.rows = torch.arange(setting.batch, device=setting.device)[:, None]
-        self.read = [0] * setting.batch
+        self.given, self.first = setting.given, 0 if setting.given is None else setting.given.shape[1]
+        self.read = [self.first] * setting.batch
+        self._start(list(range(setting.batch)), list(range(setting.batch)))
 
     def begin(self, target: Target) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""
@@ -57,8 +59,13 @@ class ModelDrafter:
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""
         for b in rows:
-            self.read[b] = 0
+            self.read[b] = self.first
+        self._start(rows, pictures)
         self.model.join(rows, pictures)
+
+    def _start(self, rows: list[int], pictures: list[int]) -> None:
+        if self.given is not None:
+            self.tokens[rows, : self.first] = self.given[pictures]
 
     def catch_up(self, step: Step) -> Tensor:
         """Let the model read what was committed since its last guesses; logits [S, B, V] of the next position."""
@@ -154,7 +161,7 @@ class HybridDrafter:
             number("weight", weight, 0, otherwise=" or none")
         call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
         self.front = _Front(replace(setting, rule=None), min(length, setting.window - 1), weight)
-        self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device)
+        self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device, setting.given)
 
     def begin(self, target: Target) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""

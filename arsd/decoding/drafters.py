@@ -66,6 +66,7 @@ class Jacobi:
         row_length: tokens per line of the picture.
         grammar: forced and allowed ids.
         noise: for the initial draws.
+        given: [M, F] tokens that each picture begins with, or ``None``.
 
     Raises:
         StrategyError: for an unknown ``init``.
@@ -83,14 +84,16 @@ class Jacobi:
         grammar: Grammar,
         noise: Noise,
         device: torch.device | str = "cpu",
+        given: Tensor | None = None,
     ) -> None:
         self.redraft, self.init, self.needs_law = redraft, one_of("init", init, INITS), needs_law
         self.num_tokens, self.row_length, self.grammar = num_tokens, row_length, grammar
         self.noise = noise
+        self.given = torch.zeros(batch, 0, dtype=torch.int64, device=device) if given is None else given
         self.guesses = torch.zeros(batch, num_tokens + window, dtype=torch.int64, device=device)
-        self.guesses[:, :num_tokens] = self._initial(batch)
         self.rows = torch.arange(batch, device=device)[:, None]
         self.entered = torch.zeros(batch, dtype=torch.int64, device=device)  # positions below it have been in a window
+        self._start(list(range(batch)), list(range(batch)))
         self.last_law: tuple[Tensor, Tensor] | None = None  # (first position [B], p [B, W, V]) of the last pass
 
     def propose(self, step: Step) -> Draft:
@@ -113,10 +116,16 @@ class Jacobi:
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """Initial guesses for the pictures that begin in ``rows``."""
-        self.guesses[rows, : self.num_tokens] = self._initial(len(self.guesses))[rows]
-        self.entered[rows] = 0
+        self._start(rows, pictures)
         if self.last_law is not None:
             self.last_law[0][rows] = self.guesses.shape[1]
+
+    def _start(self, rows: list[int], pictures: list[int]) -> None:
+        """Initial guesses behind what is given of ``pictures`` (of all, when nothing is)."""
+        self.guesses[rows, : self.num_tokens] = self._initial(len(self.guesses))[rows]
+        self.entered[rows] = first = self.given.shape[1]
+        if first:
+            self.guesses[rows, :first] = self.given[pictures]
 
     def _initial(self, batch: int) -> Tensor:
         """[B, N] drawn over the allowed ids; the forced token where there is one."""

@@ -27,6 +27,8 @@ class LawConfig:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set with this mass; 1 keeps all.
+        image_guidance_scale: r of ``u + r (i - u) + s (c - i)``, where a prompt holds pictures and a third stream i reads
+            them without the text (Chameleon, arXiv 2405.09818; InstructPix2Pix, arXiv 2211.09800, equation 3).
     """
 
     guidance_scale: float = 1.0
@@ -34,6 +36,7 @@ class LawConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    image_guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -41,8 +44,9 @@ class LawConfig:
         Raises:
             InputError: for an option out of range.
         """
-        if not 0 <= self.guidance_scale < math.inf:
-            raise InputError(f"guidance_scale must be >= 0, not {self.guidance_scale}")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be >= 0, not {getattr(self, name)}")
         if not self.temperature >= 0:
             raise InputError(f"temperature must be >= 0, not {self.temperature}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
@@ -162,7 +166,8 @@ class Laws:
         """The law of every slot.
 
         Args:
-            logits: [S, B, W, V]; stream 0 is conditional, stream 1 (if any) unconditional.
+            logits: [S, B, W, V]; stream 0 is conditional, the last one (if there are more) unconditional, and one between
+                them has the pictures of the prompt only.
             positions: absolute image positions [B, W].
         """
         config = self.config
@@ -185,8 +190,12 @@ class Laws:
     def _guide(self, logits: Tensor, positions: Tensor) -> Tensor:
         if logits.shape[0] == 1:
             return logits[0]
-        conditional, unconditional = logits
-        guided = unconditional + self.config.guidance_scale * (conditional - unconditional)
+        conditional, unconditional = logits[0], logits[-1]
+        if logits.shape[0] == 3:
+            to_image = self.config.image_guidance_scale * (logits[1] - unconditional)
+            guided = unconditional + to_image + self.config.guidance_scale * (conditional - logits[1])
+        else:
+            guided = unconditional + self.config.guidance_scale * (conditional - unconditional)
         if self.config.guidance_interval < 0:
             return guided
         return torch.where((positions <= self.config.guidance_interval)[..., None], guided, conditional)

@@ -46,10 +46,13 @@ class _Rows:
         wanted = request.num_tokens
         self.totals = [wanted] * count if isinstance(wanted, int) else list(wanted)
         self.unread, self.longest = unread, max(self.totals)
+        self.first = 0 if request.given is None else request.given.shape[1]  # tokens that are given
         self.waiting = deque(range(batch, count))
         self.held = list(range(batch))  # the picture of each row
-        self.starts, self.done = [-unread] * batch, [0] * count
+        self.starts, self.done = [-unread] * batch, [self.first] * count
         self.tokens = torch.zeros(count, self.longest + 1, dtype=torch.int64, device=device)  # last column: spill
+        if request.given is not None:
+            self.tokens[:, : self.first] = request.given
         self.lengths = torch.full((batch,), -unread, dtype=torch.int64, device=device)
         self.rounds = torch.zeros(batch, dtype=torch.int64, device=device)
         self.picture = torch.arange(batch, device=device)
@@ -64,6 +67,11 @@ class _Rows:
         """Rows that are not finished."""
         return [b for b, n in enumerate(self.starts) if n < self.totals[self.held[b]]]
 
+    @property
+    def deciding(self) -> list[int]:
+        """Rows that a pass may commit tokens of: neither finished nor still reading."""
+        return [b for b in self.active if self.starts[b] >= self.first]
+
     def finished(self, rows: list[int]) -> list[int]:
         """The pictures of those ``rows`` that are finished."""
         return [self.held[b] for b in rows if self.starts[b] >= self.totals[self.held[b]]]
@@ -72,7 +80,7 @@ class _Rows:
         """One finished picture as the result of a call of its own (which has no seconds: passes were shared)."""
         one = slice(picture, picture + 1)
         alone = stats.of_picture(picture)
-        alone.tokens, alone.near_ties = self.done[one], self.near_ties[one].tolist()
+        alone.tokens, alone.near_ties = [self.done[picture] - self.first], self.near_ties[one].tolist()
         alone.expected_changed_tokens = self.changed[one].tolist()
         log_probs, entropies = (x[one, :-1].clone() if x.numel() else None for x in (self.log_probs, self.entropies))
         return DecodeResult(self.tokens[one, :-1].clone(), alone, log_probs, entropies)
@@ -98,10 +106,10 @@ class _Rows:
     def step(self, window: int, noise: Noise) -> Step:
         """The window of the next pass, clipped exactly at the end; empty in a row that still reads its condition."""
         offsets = torch.arange(window, device=self.lengths.device)
-        first = self.lengths.clamp_min(0)
-        width = torch.where(self.lengths < 0, 0, (self.total - first).clamp_max(window))
-        starts = [max(0, n) for n in self.starts]
-        reading = [b for b, n in enumerate(self.starts) if n < 0]
+        first = self.lengths.clamp_min(self.first)
+        width = torch.where(self.lengths < self.first, 0, (self.total - first).clamp_max(window))
+        starts = [max(self.first, n) for n in self.starts]
+        reading = [b for b, n in enumerate(self.starts) if n < self.first]
         return Step(first[:, None] + offsets, width, self.rounds, offsets < width[:, None], starts, reading, noise)
 
     def feed(self, drafts: Tensor, pass_tokens: int) -> Tensor:
@@ -126,12 +134,19 @@ class _Rows:
             chosen = law.log_probs.gather(-1, verdict.tokens[..., None])[..., 0]
             self.log_probs[picture, place] = chosen.float()
             self.entropies[picture, place] = torch.special.entr(law.probs).sum(-1).float()
-        self.rounds = self.rounds + (self.lengths >= 0)
-        read = (-self.lengths).clamp(0, pass_tokens)
+        self.rounds = self.rounds + (self.lengths >= self.first)
+        read = (self.first - self.lengths).clamp(0, pass_tokens)
         self.lengths = self.lengths + verdict.count + read
-        self.starts = [n + c + min(max(0, -n), pass_tokens) for n, c in zip(self.starts, counts, strict=True)]
+        behind = [min(max(0, self.first - n), pass_tokens) for n in self.starts]
+        self.starts = [n + c + r for n, c, r in zip(self.starts, counts, behind, strict=True)]
         for b, n in enumerate(self.starts):
-            self.done[self.held[b]] = max(0, n)
+            self.done[self.held[b]] = max(self.first, n)
+
+    def end(self, rows: list[int]) -> None:
+        """These rows are finished, however many tokens they were to have."""
+        for b in rows:
+            self.totals[self.held[b]] = self.starts[b]
+            self.total[b] = self.starts[b]
 
 
 @torch.inference_mode()
@@ -162,11 +177,11 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
         parts.drafter.begin(target)
     with watch("prefill"):
         stats.prefill_passes = target.prefill(rows.starts, parts.pass_tokens)
-        rows.moved([0] * batch)
+        rows.moved([rows.first] * batch)
         target.rollback(rows.lengths)
-    stopped = False
+    stopped, ends = False, torch.tensor(list(request.end_tokens), device=target.device) if request.end_tokens else None
     while rows.active and not stopped:
-        began, active = time.perf_counter(), [b for b in rows.active if rows.starts[b] >= 0]
+        began, active = time.perf_counter(), rows.deciding
         with watch("draft"):
             window = parts.controller.window()
             step = rows.step(window, noise)
@@ -181,7 +196,10 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             faults = (~law.finite() & active_laws).any(1).long()
             if draft.broken is not None:
                 faults = torch.where(draft.broken & (faults == 0), DRAFTER_FAULT, faults)
-            counts, bad = torch.stack([verdict.count, faults]).tolist()  # the one device-to-host read of a round
+            verdict.count, ended = _until(ends, verdict)
+            counts, bad, over = torch.stack(
+                [verdict.count, faults, ended]
+            ).tolist()  # the one device-to-host read of a round
         if any(bad):
             watch.close()
             raise _broken(rows, bad)
@@ -192,6 +210,7 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             if request.trace:
                 trace.append(_round(step, draft, verdict, counts, rows.held))
             rows.commit(step, law, verdict, counts, parts.pass_tokens)
+            rows.end([b for b, end in enumerate(over) if end])
             if verdict.path is not None:
                 target.compact(verdict.path, verdict.count)
             target.rollback(rows.lengths)
@@ -207,7 +226,7 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             with watch("prefill"):
                 stats.prefill_passes += _refill(rows, target, parts, noise)
     watch.close()
-    stats.tokens, stats.near_ties = list(rows.done), rows.near_ties.tolist()
+    stats.tokens, stats.near_ties = [n - rows.first for n in rows.done], rows.near_ties.tolist()
     stats.expected_changed_tokens = rows.changed.tolist()
     log_probs, entropies = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
     return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)
@@ -225,9 +244,19 @@ def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
     passes = 0
     if parts.pass_tokens == 1:
         passes = target.prefill(rows.starts, 1)
-        rows.moved([max(0, n) for n in rows.starts])
+        rows.moved([max(rows.first, n) for n in rows.starts])
     target.rollback(rows.lengths)
     return passes
+
+
+def _until(ends: Tensor | None, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """How many tokens each row commits, no further than one that ends it, and whether there is one: [B] and [B]."""
+    if ends is None:
+        return verdict.count, torch.zeros_like(verdict.count)
+    slots = torch.arange(verdict.tokens.shape[1], device=ends.device)
+    last = torch.isin(verdict.tokens, ends) & (slots < verdict.count[:, None])
+    found = last.any(1)
+    return torch.where(found, last.long().argmax(1) + 1, verdict.count), found.long()
 
 
 def _broken(rows: _Rows, faults: list[int]) -> NonFiniteLogitsError:

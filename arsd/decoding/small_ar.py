@@ -25,8 +25,9 @@ class SmallARDrafter:
     def __init__(self, model: Any, pass_tokens: int) -> None:
         self.model, self.pass_tokens = model, max(2, pass_tokens)
         self.fresh: set[int] = set(range(model.batch))  # rows whose condition is not read
-        self.lengths = torch.zeros(model.batch, dtype=torch.int64, device=model.device)  # tokens read, and on the host
-        self.starts = [0] * model.batch
+        self.first = model.first  # what is given of a picture is read with its condition
+        self.lengths = torch.full((model.batch,), self.first, device=model.device)  # tokens read, and on the host
+        self.starts = [self.first] * model.batch
         self.rows, self.origin = torch.arange(model.batch, device=model.device), torch.zeros_like(self.lengths)
 
     def begin(self, target: Target) -> None:
@@ -40,9 +41,9 @@ class SmallARDrafter:
 
     def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
         """See :class:`arsd.decoding.types.DraftModel`."""
-        new = {b for b in self.fresh if read[b] == 0}
-        starts = [max(0, n) for n in read]
-        if new and self.model.unread:
+        new = {b for b in self.fresh if read[b] == self.first}
+        starts = [max(self.first, n) for n in read]
+        if new and self.model.unread + self.first:
             self.model.prefill([-self.model.unread if b in new else n for b, n in enumerate(starts)], self.pass_tokens)
         self.fresh -= new
         self.starts = starts

@@ -92,6 +92,7 @@ class JacobiGuesses(Jacobi):
             setting.grammar,
             setting.noise,
             setting.device,
+            setting.given,
         )
 
 

@@ -36,8 +36,8 @@ class Setting:
 
     ``profile`` is what was measured of the model on this kind of device; ``laws`` make the law of a draft model's logits;
     ``codebook`` [V, C] are the vectors of the image codes; ``draft_model`` makes the call's own draft model
-    (:class:`arsd.decoding.types.DraftModel`) for a window. ``window`` and ``rule`` are what a strategy tells the drafter
-    that it builds.
+    (:class:`arsd.decoding.types.DraftModel`) for a window; ``given`` [M, F] are the tokens that pictures begin with.
+    ``window`` and ``rule`` are what a strategy tells the drafter that it builds.
     """
 
     batch: int
@@ -50,6 +50,7 @@ class Setting:
     laws: Laws | None = None
     codebook: torch.Tensor | None = None
     draft_model: Callable[[int], DraftModel] | None = None
+    given: torch.Tensor | None = None
     window: int = 1
     rule: Rule | None = None
 
@@ -209,7 +210,7 @@ class SJD(DecodingStrategy):
         if window == 1 and isinstance(rule, SeedExact):
             return Parts(NoDraft(), rule, FixedWindow(1), pass_tokens)
         call = (setting.batch, setting.num_tokens, setting.row_length, window, setting.grammar, setting.noise)
-        drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device)
+        drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device, setting.given)
         return Parts(drafter, rule, FixedWindow(window), pass_tokens)
 
     def _rule_and_redraft(self, setting: Setting) -> tuple[Rule, Redraft]:

@@ -80,7 +80,7 @@ class Step:
         iteration: [B] passes this row has seen, which keys the noise of tests, residuals and redrafts.
         active: [B, W] slots below ``width``.
         starts: first position of every row, on the host.
-        reading: rows that still read their condition, on the host.
+        reading: rows that still read their condition and the given tokens, on the host.
         noise: the random choices.
     """
 
@@ -135,26 +135,28 @@ class Rule(Protocol):
 class Target(Protocol):
     """The big model behind the loop; owns its cache and the condition of every picture.
 
-    Lengths count committed tokens. A negative length -k is a row that has k condition slots to read before the pass that
-    gives its first token.
+    Lengths count known tokens: those that are given with the picture, and those that were committed. A row whose length
+    is below ``first`` still has to read; a negative length -k says that k condition slots of it lie before the pass that
+    would give the first token.
     """
 
     vocab: int
     device: torch.device
     dtype: torch.dtype
     unread: int  # condition slots that are read before the first token's pass
+    first: int  # tokens of each picture that are given
 
     def prefill(self, starts: list[int], pass_tokens: int) -> int:
-        """Read the conditions of all rows with a negative length; the others stay as they are. Returns the passes taken."""
+        """Let rows with a length below ``first`` read; the others stay as they are. Returns the passes taken."""
         ...
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """One pass over [last committed token, drafts, padding] = ``tokens`` [B, T]; logits [S, B, T, V].
 
-        ``lengths`` [B] (``starts`` on the host) are the committed lengths. Where a row's length is not positive, condition
-        slots are fed in the place of its first columns. With a ``tree`` every column sees its ancestors only, except in a
-        row whose length is negative: all that it feeds is its condition. A target that takes no tree need not have the
-        argument, nor :meth:`compact`.
+        ``lengths`` [B] (``starts`` on the host) are the known lengths. Where a row's length is not above ``first``, its
+        condition and given tokens are fed in the place of its first columns. With a ``tree`` every column sees its
+        ancestors only, except in a row whose length is below ``first``: all that it feeds is to be read. A target that
+        takes no tree need not have the argument, nor :meth:`compact`.
         """
         ...
 
@@ -275,6 +277,8 @@ class DecodeRequest:
 
     Args:
         num_tokens: N, tokens per picture, or one number for each picture.
+        given: [M, F] tokens that each picture begins with (F < N); they are read, not decoded, and returned with the others.
+        end_tokens: ids that end a picture (or text) where they are committed.
         row_length: tokens per line of the picture, for the spatial initialisers.
         log_probs: also return each token's log-probability and the entropy of its law.
         trace: also return every :class:`Round`.
@@ -287,6 +291,8 @@ class DecodeRequest:
 
     num_tokens: int | Sequence[int]
     row_length: int = 0
+    given: Tensor | None = None
+    end_tokens: Sequence[int] = ()
     log_probs: bool = False
     trace: bool = False
     on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)

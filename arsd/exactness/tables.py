@@ -37,6 +37,7 @@ class TableTarget:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.num_tokens, self.batch, self.streams = vocab, num_tokens, batch, streams
         self.device, self.dtype, self.unread = torch.device("cpu"), torch.float64, 0
+        self.first = 0
         self.set_tables(
             [
                 sharpness * torch.randn(streams, vocab**n, vocab, generator=generator, dtype=torch.float64)

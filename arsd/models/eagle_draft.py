@@ -14,6 +14,7 @@ from arsd.decoding.types import Target
 from arsd.errors import InputError
 from arsd.models.eagle import EagleDrafter
 from arsd.models.target import DecoderTarget
+from arsd.models.token_images import CodeEmbedding
 
 
 class EagleDraftModel(SmallARDrafter):
@@ -23,13 +24,16 @@ class EagleDraftModel(SmallARDrafter):
         drafter: the trained layer.
         rotary: the target's rotary table.
         head: the target's head.
-        embed: the target's embedding, which a drafter with an embedding of its own does not use.
+        embed: the target's embedding of its own ids, which a drafter with an embedding of its own does not use.
         condition: as the target's [S, M, P, D]. Where its slots are tokens (Lumina-mGPT, Anole) and the drafter has an
             embedding of its own, they must be looked up there: ``drafter.embed_tokens(ids)``.
         num_tokens: image tokens per picture.
         window: the widest pass.
         padding: as the target's [S, M, P], or ``None``.
         batch: rows.
+        given: as the target's [M, F], or ``None``.
+        count_padding: as the target's.
+        ids: [V] the model's id of each of the loop's ids, where they are not the same.
 
     Raises:
         InputError: when the drafter does not fit the target.
@@ -48,6 +52,9 @@ class EagleDraftModel(SmallARDrafter):
         window: int,
         padding: Tensor | None = None,
         batch: int | None = None,
+        given: Tensor | None = None,
+        count_padding: bool = True,
+        ids: Tensor | None = None,
     ) -> None:
         _check_fit(drafter, rotary, head, condition)
         chunk = max(window, self.CHUNK)
@@ -55,9 +62,11 @@ class EagleDraftModel(SmallARDrafter):
             embed = drafter.embed_tokens
         if drafter.config["condition_inputs"] == "zero-token":
             condition = embed(condition.new_zeros(1, dtype=torch.int64)).to(condition.dtype).expand(condition.shape)
+        embed = embed if ids is None else CodeEmbedding(embed, ids)
         padding = _unread_slots(drafter, condition, padding)
         layers = (_EagleLayers(drafter, rotary), head, embed)
-        super().__init__(_EagleTarget(*layers, condition, num_tokens, chunk, padding, batch), chunk)
+        target = _EagleTarget(*layers, condition, num_tokens, chunk, padding, batch, given, count_padding)
+        super().__init__(target, chunk)
 
     def begin(self, target: Target) -> None:
         """Have the target keep its features.

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,23 @@ from arsd.errors import CheckpointError
 _CONTAINERS = ("model", "module", "state_dict")
 
 
+class _Callback:
+    """Stands for lightning's ``ModelCheckpoint``, of which checkpoints before version 1.5 hold the class alone."""
+
+
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+]
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weight file by upstream key, on the CPU; they may be mapped from the file, so copy what you keep.
 
     ``.safetensors`` files are flat. Any other file is a ``torch.save`` archive, of which the entry ``model``, else
-    ``module``, else ``state_dict``, else the whole dict is taken. Nothing but tensors, plain containers and the
-    ``argparse.Namespace`` of a training checkpoint is unpickled.
+    ``module``, else ``state_dict``, else the whole dict is taken. Nothing is unpickled but tensors, plain containers, the
+    ``argparse.Namespace`` of a training checkpoint, and what old lightning checkpoints hold (read without lightning).
 
     Raises:
         CheckpointError: for a file that is missing, truncated or corrupt, holds other objects, or has no tensors.
@@ -134,6 +146,6 @@ def to_interleaved(weight: Tensor, heads: int) -> Tensor:
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(_HARMLESS):
         # a mapped file costs no memory for what is not copied: optimiser states, exponential averages
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

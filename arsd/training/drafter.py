@@ -110,7 +110,7 @@ class DrafterTask:
     def __init__(self, pipe: Any, loss: DrafterLoss) -> None:
         self.pipe, self.loss = pipe, loss
         self.transformer, self.lm = pipe.transformer, pipe.transformer.lm
-        config = pipe.law_config(self.transformer.config["sampling"], {})
+        config = pipe.law_config({})
         self.laws, self.streams = Laws(config, pipe.make_grammar()), 1 if config.guidance_scale == 1 else 2
 
     @torch.no_grad()
@@ -125,8 +125,8 @@ class DrafterTask:
             Embeddings [S * B, T, D] of the condition and all tokens but the last, the target's features [S * B, T, D], and
             the mask [S * B, 1, T, T].
         """
-        condition, padding, _ = self.pipe.encode_inputs(captions, guided=self.streams == 2)
-        condition = condition.flatten(0, 1)
+        conditions = self.pipe.encode_inputs(captions, guided=self.streams == 2)
+        condition, padding = conditions.condition.flatten(0, 1), conditions.padding
         tokens = self.lm.model.embed_tokens(ids[:, :-1]).repeat(self.streams, 1, 1)
         embeds = torch.cat([condition, tokens], dim=1)
         keep = None if padding is None else ~padding.flatten(0, 1)

@@ -1,0 +1,95 @@
+"""How a picture lies in a sequence of tokens: rows of codes, with marks (end of row, end of image) where a model wants them.
+
+The decoding loop works in a vocabulary of its own that is as small as it can be: ids 0..C-1 are the codes of the image
+tokenizer, the ids behind them the marks of the family in the order of :attr:`Raster.marks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from arsd.decoding.laws import Grammar
+from arsd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Raster:
+    """The layout of one picture. What a position holds is a pure function of the position.
+
+    Args:
+        rows: h, rows of codes.
+        columns: w, codes per row.
+        codes: C, codes of the image tokenizer.
+        marks: names of the family's structure tokens; mark i has the id C + i.
+        row_end: the mark behind each row, if any.
+        tail: marks behind the last row.
+    """
+
+    rows: int
+    columns: int
+    codes: int
+    marks: tuple[str, ...] = ()
+    row_end: str | None = None
+    tail: tuple[str, ...] = ()
+
+    @property
+    def row_length(self) -> int:
+        """Tokens from one row to the next."""
+        return self.columns + (self.row_end is not None)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of a whole picture with its marks."""
+        return self.rows * self.row_length + len(self.tail)
+
+    @property
+    def vocab(self) -> int:
+        """V, codes and marks."""
+        return self.codes + len(self.marks)
+
+    @cached_property
+    def forced(self) -> dict[int, int]:
+        """``{position: id}`` of the marks."""
+        found = {}
+        if self.row_end is not None:
+            end = self.codes + self.marks.index(self.row_end)
+            found = {row * self.row_length + self.columns: end for row in range(self.rows)}
+        behind = self.rows * self.row_length
+        return found | {behind + i: self.codes + self.marks.index(name) for i, name in enumerate(self.tail)}
+
+    def grammar(self, device: torch.device | str = "cpu") -> Grammar:
+        """Marks are forced where they belong; everywhere else every code is allowed, and nothing but codes."""
+        allowed = None
+        if self.marks:
+            allowed = (torch.arange(self.vocab) < self.codes)[None]
+        return Grammar(self.num_tokens, self.vocab, self.forced, allowed, device=device)
+
+    def to_codes(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N] to codes [B, h, w].
+
+        Raises:
+            InputError: for tokens of another picture size, or with marks at the places of codes.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
+            raise InputError(f"tokens must be [B, {self.num_tokens}], not {tuple(tokens.shape)}")
+        lines = tokens[:, : self.rows * self.row_length].view(len(tokens), self.rows, self.row_length)
+        return lines[:, :, : self.columns]
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Codes [B, h, w] to tokens [B, N], marks included; the inverse of :meth:`to_codes`.
+
+        Raises:
+            InputError: for a grid of another shape.
+        """
+        if codes.ndim != 3 or tuple(codes.shape[1:]) != (self.rows, self.columns):
+            raise InputError(f"codes must be [B, {self.rows}, {self.columns}], not {tuple(codes.shape)}")
+        tokens = codes.new_zeros(len(codes), self.num_tokens)
+        for position, mark in self.forced.items():
+            tokens[:, position] = mark
+        lines = tokens[:, : self.rows * self.row_length].view(len(codes), self.rows, self.row_length)
+        lines[:, :, : self.columns] = codes
+        return tokens

@@ -1,0 +1,136 @@
+"""What a pipeline returns, and what all pictures of a call are made from: noise keys and conditions."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from arsd.decoding import DecodeStats, DecodingStrategy, LawConfig
+from arsd.errors import InputError
+from arsd.models.raster import Raster
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass
+class Conditions:
+    """What the pictures of a call are made of, as a target reads it.
+
+    Args:
+        condition: [S, M, P, D] embedded condition of every stream and picture.
+        padding: [S, M, P], True at padded slots, or ``None``.
+        inputs: [M] the same for people and records: ``{"prompt": ...}``, ``{"class_label": ...}`` or ``{}``.
+        raster: how the pictures lie in their tokens.
+        given: [M, F] tokens that the pictures begin with, or ``None``.
+        ids: [S, M, P] the words of the condition, where it consists of words.
+    """
+
+    condition: Tensor
+    padding: Tensor | None
+    inputs: list[dict[str, Any]]
+    raster: Raster
+    given: Tensor | None = None
+    ids: Tensor | None = None
+
+
+@dataclass
+class ARPipelineOutput(BaseOutput):
+    """What a pipeline returns.
+
+    Args:
+        images: pictures in the order asked for, in the asked ``output_type``.
+        tokens: [B, N] ids as they were decoded: image codes, and the marks of the family behind the last code id (see
+            :class:`arsd.models.raster.Raster`; LlamaGen has none).
+        stats: figures of the call, :class:`arsd.decoding.DecodeStats`.
+        seeds: [B] noise seed of each picture; with ``image_indices`` it fixes the picture of a seed-exact decoder.
+        image_indices: [B] index under which each picture's noise was drawn.
+        law_config: the sampling options that were in force.
+        decoders: [B] strategy of each picture.
+        inputs: [B] what each picture was made of: ``{"prompt": ...}``, ``{"class_label": ...}`` or ``{}``; of a picture that
+            began with given tokens also how many (``given_tokens``).
+        log_probs: [B, N] log-probabilities of the tokens, when asked for.
+        entropies: [B, N] entropies (nats) of the tokens' laws, when asked for.
+        trace: every pass, when asked for.
+    """
+
+    images: Any
+    tokens: Tensor
+    stats: DecodeStats
+    seeds: list[int]
+    image_indices: list[int]
+    law_config: LawConfig
+    decoders: list[DecodingStrategy]
+    inputs: list[dict[str, Any]]
+    log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    trace: Any = None
+
+
+def noise_keys(generator: Generators, batch: int) -> tuple[list[int], list[int]]:
+    """(seeds, image indices) of ``batch`` pictures.
+
+    One generator gives one seed to all pictures, told apart by their index; a list gives each picture its own seed and index
+    0, so that it comes out as in a call of its own. Without a generator the seed is fresh entropy. Drawing the seed advances
+    the generator, as diffusers users expect of a second call.
+
+    Raises:
+        InputError: when a list has the wrong length.
+    """
+
+    def draw(source: torch.Generator) -> int:
+        return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
+
+    if generator is None:
+        return [secrets.randbits(63)] * batch, list(range(batch))
+    if isinstance(generator, torch.Generator):
+        return [draw(generator)] * batch, list(range(batch))
+    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise InputError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
+    if len(generator) != batch:
+        raise InputError(f"got {len(generator)} generators for {batch} pictures: give one, or one for each")
+    return [draw(source) for source in generator], [0] * batch
+
+
+def to_output(pixels: Tensor, output_type: str) -> Any:
+    """Pictures [B, 3, H, W] in [-1, 1] as ``pil``, ``np`` ([B, H, W, 3] in [0, 1]) or ``pt`` ([B, 3, H, W] in [0, 1])."""
+    unit = (pixels.float().clamp(-1, 1) + 1) / 2
+    if output_type == "pt":
+        return unit
+    array = unit.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(picture) for picture in np.round(array * 255).astype(np.uint8)]
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        InputError: for anything else, or an empty prompt.
+    """
+    if not isinstance(prompt, (str, Sequence)):
+        raise InputError(f"prompt must be text or a list of texts, not {prompt!r}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
+        raise InputError("the prompt is empty")
+    return prompts
+
+
+def check_count(num_images_per_prompt: Any) -> None:
+    """Raise InputError unless this is a positive number of pictures."""
+    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+
+
+def with_given(given: Tensor | None) -> dict[str, int]:
+    """What the record of a picture says of the tokens that it began with."""
+    return {} if given is None else {"given_tokens": given.shape[1]}

@@ -1,0 +1,73 @@
+"""Pictures that begin as another one does: continuation and variation of a given picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from arsd.errors import InputError
+from arsd.models.raster import Raster
+
+
+def kept_rows(strength: float, rows: int) -> int:
+    """How many of ``rows`` rows of tokens are kept: ``1 - strength`` of them, rounded, and never all.
+
+    Raises:
+        InputError: for a strength outside (0, 1].
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise InputError(f"strength must lie in (0, 1], the share of the picture that is made anew, not {strength!r}")
+    return min(rows - 1, round((1 - strength) * rows))
+
+
+def to_pixels(image: Any, height: int, width: int, factor: int) -> Tensor:
+    """Pictures of any kind that diffusers takes (PIL, arrays, tensors in [0, 1], lists) as [n, 3, height, width] in [-1, 1].
+
+    PIL pictures of another size are scaled to fill the area and cropped around their centre.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        processor = VaeImageProcessor(vae_scale_factor=factor, do_convert_rgb=True)
+        pixels = processor.preprocess(image, height, width, resize_mode="crop" if _is_pil(image) else "default")
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise InputError(f"image cannot be read as a picture: {' '.join(str(error).split())[:200]}") from None
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
+        raise InputError(f"image must be pictures of three channels, not {tuple(pixels.shape)}")
+    return pixels
+
+
+def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prompts: int, per_prompt: int) -> Tensor | None:
+    """Tokens [prompts * per_prompt, F] of the rows that are kept of ``image``; ``None`` where that is nothing.
+
+    Args:
+        vq: image tokenizer.
+        image: one picture for all prompts, or one for each.
+        strength: share of the rows that are made anew, from the bottom up.
+        raster: of the pictures that are made.
+        prompts: how many.
+        per_prompt: pictures of each.
+
+    Raises:
+        InputError: for pictures or numbers that do not fit.
+    """
+    rows = kept_rows(strength, raster.rows)
+    factor = vq.downsample_factor
+    pixels = to_pixels(image, raster.rows * factor, raster.columns * factor, factor)
+    if len(pixels) not in (1, prompts):
+        raise InputError(f"got {len(pixels)} pictures for {prompts} prompts: give one, or one for each")
+    if not rows:
+        return None
+    pixels = pixels.to(vq.device, vq.dtype)
+    codes = torch.cat([vq.encode(one[None]) for one in pixels])  # one by one: a picture must not depend on the others
+    tokens = raster.from_codes(codes)[:, : rows * raster.row_length]
+    return tokens.expand(prompts, -1).repeat_interleave(per_prompt, dim=0).contiguous()
+
+
+def _is_pil(image: Any) -> bool:
+    first = image[0] if isinstance(image, (list, tuple)) and image else image
+    return hasattr(first, "convert")

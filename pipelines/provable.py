@@ -1,0 +1,87 @@
+"""What a pipeline can say of its pictures: records, hashes, arithmetic, and whether a picture is the sample of its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from arsd.devices import in_use
+from arsd.models.raster import Raster
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, to_output
+
+
+class Provable:
+    """The part of an image pipeline that provenance and verification need."""
+
+    config: Any
+    transformer: Any
+    dtype: torch.dtype
+    _execution_device: torch.device
+    encode_inputs: Any
+    null_conditions: Any
+    target_maker: Any
+    decode_pixels: Any
+
+    @property
+    def model_hash(self) -> str | None:
+        """Hash of the files that the pipeline was loaded from (:func:`arsd.provenance.model_hash`), else ``None``."""
+        from arsd.provenance import model_hash
+
+        known: tuple[str, str | None] | None = getattr(self, "_known_hash", None)
+        folder = str(self.config.get("_name_or_path") or "")
+        if known is None or known[0] != folder:
+            sources = getattr(self, "_sources", None) or ([folder] if folder and Path(folder).is_dir() else None)
+            known = (folder, model_hash(*sources) if sources else None)
+            self._known_hash = known
+        return known[1]
+
+    def arithmetic_probe(self, batch: int, pass_tokens: int, guided: bool) -> str:
+        """How this machine computes passes of a shape, as 16 hex digits (:func:`arsd.shapes.probe`); remembered."""
+        from arsd.shapes import probe
+
+        key = (batch, pass_tokens, guided, str(self._execution_device), str(self.dtype))
+        known: dict[Any, str] = self.__dict__.setdefault("_known_probes", {})
+        if key not in known:
+            with in_use(self.transformer):
+                conditions = self.null_conditions(batch, guided)
+                target = self.target_maker(conditions)(pass_tokens, batch)
+                known[key] = probe(target, conditions.raster.num_tokens, pass_tokens)
+        return known[key]
+
+    def to_pil(self, tokens: Tensor, raster: Raster | None = None) -> list[Image.Image]:
+        """The pictures of token rows [B, N]."""
+        pictures: list[Image.Image] = to_output(self.decode_pixels(tokens, raster), "pil")
+        return pictures
+
+    def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
+        """The conditions that recorded pictures of one size were made from, without what was given of them."""
+        first = records[0]
+        size = {name: first.get(name) for name in ("height", "width", "slots") if name in first}
+        name, plural = ("prompt", "prompt") if "prompt" in first else ("class_label", "class_labels")
+        return self.encode_inputs(**{plural: [record[name] for record in records]}, guided=guided, **size)
+
+    def record(self, output: ARPipelineOutput, index: int) -> dict[str, Any]:
+        """Everything that picture ``index`` of an output depends on, for :func:`arsd.provenance.save_png`."""
+        from arsd.provenance import make_record
+
+        return make_record(self, output, index)
+
+    def verify(self, images: Any) -> Any:
+        """Whether pictures are the plain AR samples of their seeds: see :mod:`arsd.verification`.
+
+        Args:
+            images: a path or a PIL image opened from a PNG that arsd wrote, or a list of them.
+
+        Returns:
+            A :class:`arsd.verification.Verification`, or a list of them.
+        """
+        from arsd.verification import verify_pictures
+
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            return verify_pictures(self, images)
+        return verify_pictures(self, [images])[0]
