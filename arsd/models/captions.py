@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from arsd.errors import InputError
+
+
+def clean_caption(text: str) -> str:
+    """The caption that LlamaGen's text encoder reads: two passes of the cleaner of DeepFloyd IF and PixArt.
+
+    Turns to lower case, strips addresses, markup, nicknames, ideographs, article numbers, file names and shop talk, and
+    makes quotes and dashes plain. The result may be empty. Source: ``language/t5.py`` of LlamaGen.
+
+    Raises:
+        InputError: when a package that this needs is not installed.
+    """
+    if missing := [name for name in ("bs4", "ftfy") if find_spec(name) is None]:
+        raise InputError(f"cleaning captions needs {' and '.join(missing)}: pip install 'arsd[captions]'")
+    from bs4 import MarkupResemblesLocatorWarning
+
+    clean = _cleaner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a caption may well look like a path or a URL
+        return clean(clean(text))
+
+
+@cache
+def _cleaner() -> Callable[[str], str]:
+    """One pass: the function that pipelines of diffusers have, with the strip() after ``html.unescape`` that they lack."""
+    from diffusers import PixArtAlphaPipeline
+
+    theirs: Any = PixArtAlphaPipeline._clean_caption
+    stripping = SimpleNamespace(unescape=lambda text: html.unescape(text).strip())
+    ours = FunctionType(theirs.__code__, {**theirs.__globals__, "html": stripping})
+    return lambda text: ours(PixArtAlphaPipeline, text)
 
 
 def left_align(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,22 @@
 """Published LlamaGen weight files (arXiv 2406.06525), transformer and VQ tokenizer, read and written in their own layout.
 
 The files carry no config: everything but the grid, and the heads of sizes that were never published, follows from
-tensor shapes. Upstream fuses q, k and v and rotates interleaved channel pairs; here the fused matrix is split and the
-rows of q and k are reordered, which leaves every attention score as it was.
+tensor shapes. A folder of the hub (upstream's ``TransformerHF`` and ``VQModelHF``) holds the same keys, and a
+``config.json`` that tells the rest. Upstream fuses q, k and v and rotates interleaved channel pairs; here the fused
+matrix is split and the rows of q and k are reordered, which leaves every attention score as it was.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from arsd.errors import CheckpointError, InputError
@@ -44,6 +48,9 @@ PUBLISHED_HEADS = {
 }
 """Attention heads of the published sizes by (width, layers)."""
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a folder of the hub; the first one there is read."""
+
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _NULL_CAPTION = "cls_embedding.uncond_embedding"
 _STEM_KEYS = {
@@ -72,6 +79,8 @@ _VQ_RENAMES = (
     (".mid.attn_1.", ".mid.1."),
     (".mid.block_2.", ".mid.2."),
 )
+_CONFIG_NUMBERS: dict[str, Any] = {"block_size": int, "n_head": int, "rope_base": (int, float), "norm_eps": (int, float)}
+_CONFIG_SIZES = {"dim": "hidden_size", "n_layer": "num_layers", "vocab_size": "vocab_size"}
 _CODES_USED = "quantize.codebook_used"  # training statistics, which upstream insists on when it loads a VQ file
 
 
@@ -121,22 +130,28 @@ def load_transformer(
     """Load an upstream LlamaGen transformer, class- or text-conditional, in evaluation mode on the CPU.
 
     Args:
-        path: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`.
-        grid: tokens along one side, which the weights do not tell. By default the file name does: ``_256``, ``_384``
-            or ``_512`` is the side of the picture in pixels, 16 pixels make a token, or 8 if the name contains
-            ``ds8``. A name without a size counts as 256 pixels (so 16 tokens), class or text.
-        num_heads: attention heads; needed unless width and layers are those of a published size
+        path: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`, or a folder of the hub.
+        grid: tokens along one side, which the weights do not tell. By default the ``config.json`` of a folder does (its
+            ``block_size``), else the file name: ``_256``, ``_384`` or ``_512`` is the side of the picture in pixels, 16
+            pixels make a token, or 8 if the name contains ``ds8``. A name without a size counts as 256 pixels (so 16
+            tokens), class or text.
+        num_heads: attention heads; needed unless ``config.json`` tells, or width and layers are those of a published size
             (:data:`PUBLISHED_HEADS`).
         dtype: dtype of all parameters; by default that of the token embedding in the file. The rotary table stays in
             float32.
 
     Raises:
         CheckpointError: when the file cannot be read, lacks keys, has other keys (``freqs_cis`` and ``*.kv_cache.*``
-            are ignored), or a shape does not fit.
+            are ignored), a shape does not fit, or ``config.json`` is not that of the weights.
         InputError: for a grid below 1.
     """
+    path, notes = _located(Path(path))
     state = {k: v for k, v in read_state_dict(path).items() if k != "freqs_cis" and ".kv_cache." not in k}
-    config = transformer_config(state, path, grid=grid, num_heads=num_heads)
+    told = _config_numbers(notes, path)
+    grid = math.isqrt(told["block_size"]) if grid is None and "block_size" in told else grid
+    config = transformer_config(state, path, grid=grid, num_heads=num_heads or told.get("n_head"))
+    _check_config(notes, {theirs: config[ours] for theirs, ours in _CONFIG_SIZES.items()}, path)
+    config |= {name: told[name] for name in ("rope_base", "norm_eps") if name in told}
     with torch.device("meta"):
         model = LlamaGenTransformer(**config)
     layout = _transformer_layout(config["num_layers"], config["condition"])
@@ -197,14 +212,19 @@ def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
 def load_vq(path: str | Path, *, dtype: torch.dtype | None = None) -> VQTokenizer:
     """Load an upstream VQ tokenizer (``vq_ds16_c2i.pt`` and its siblings) in evaluation mode on the CPU.
 
-    ``dtype`` is that of all parameters, by default that of the codebook in the file.
+    Args:
+        path: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`, or a folder of the hub.
+        dtype: dtype of all parameters, by default that of the codebook in the file.
 
     Raises:
         CheckpointError: when the file cannot be read, lacks keys, has other keys (``quantize.codebook_used`` is
-            dropped), or a shape does not fit.
+            dropped), a shape does not fit, or ``config.json`` is not that of the weights.
     """
+    path, notes = _located(Path(path))
     state = {key: value for key, value in read_state_dict(path).items() if key != _CODES_USED}
     config = vq_config(state, path)
+    sizes = {"codebook_size": config["codebook_size"], "codebook_embed_dim": config["codebook_dim"]}
+    _check_config(notes, sizes | {"codebook_l2_norm": True}, path)
     with torch.device("meta"):
         tokenizer = VQTokenizer(**config)
     layout = _vq_layout(tokenizer)
@@ -224,6 +244,76 @@ def save_vq(vq: VQTokenizer, path: str | Path) -> None:
     ours = vq.state_dict()
     state = {key: ours[name].detach().cpu().contiguous() for key, (name,) in _vq_layout(vq).items()}
     write_state_dict(state | {_CODES_USED: torch.zeros(65536)}, path, "model")
+
+
+def llamagen_kind(path: str | Path) -> Literal["transformer", "vq"] | None:
+    """Which LlamaGen weights a file or a folder of the hub holds, by its keys alone; ``None`` for any others.
+
+    Reads no more of the weights than their names, unless the file is a pickle from before torch 1.6.
+
+    Raises:
+        CheckpointError: when there is no such path, or the file cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir() and not _hub_files(path):
+        return None
+    keys = _keys_of(_hub_files(path)[0] if path.is_dir() else path)
+    if "layers.0.attention.wqkv.weight" in keys and any(key.startswith("cls_embedding.") for key in keys):
+        return "transformer"
+    if "quantize.embedding.weight" in keys and any(key.startswith("encoder.conv_blocks.") for key in keys):
+        return "vq"
+    return None
+
+
+def _keys_of(path: Path) -> set[str]:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return set(read_state_dict(path))
+    try:
+        with safe_open(path, framework="numpy") as file:  # torch would map all of it as memory that may be written
+            return set(file.keys())
+    except Exception as error:
+        raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error
+
+
+def _hub_files(folder: Path) -> list[Path]:
+    return [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+
+
+def _located(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The weight file that ``path`` is or holds, and the content of the ``config.json`` beside a hub's file."""
+    if path.is_dir():
+        if not _hub_files(path):
+            wanted = " or ".join(WEIGHT_FILES)
+            raise CheckpointError(f"{path} is not a file and holds no {wanted}: give a weight file (or use from_pretrained)")
+        path = _hub_files(path)[0]
+    notes = path.with_name("config.json")
+    if path.name not in WEIGHT_FILES or not notes.is_file():
+        return path, {}
+    try:
+        values = json.loads(notes.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{notes} is no readable JSON: repair it, or move the weights elsewhere") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{notes} holds no JSON object: repair it, or move the weights elsewhere")
+    return path, values
+
+
+def _config_numbers(notes: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the ``config.json`` of a transformer tells that its weights do not, as far as it does."""
+    told = {name: notes[name] for name in _CONFIG_NUMBERS if notes.get(name) is not None}
+    for name, value in told.items():
+        number = isinstance(value, _CONFIG_NUMBERS[name]) and not isinstance(value, bool) and 0 < value < math.inf
+        if not number or (name == "block_size" and math.isqrt(value) ** 2 != value):
+            raise CheckpointError(f"{path.with_name('config.json')}: {name} cannot be {value!r}: repair the file")
+    return told
+
+
+def _check_config(notes: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """Check that the weights are those that a ``config.json`` speaks of."""
+    for name, value in found.items():
+        if notes.get(name) not in (None, value):
+            file = path.with_name("config.json")
+            raise CheckpointError(f"{file}: {name} is {notes[name]!r}, but {value} in the weights: give their own")
 
 
 def _grid_of_name(name: str) -> int:
