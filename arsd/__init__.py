@@ -13,6 +13,7 @@ if not os.path.isdir(os.path.join(_here, "pipelines")):  # a checkout without sy
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AnolePipeline": "arsd.pipelines.anole",
     "ARPipelineOutput": "arsd.pipelines.outputs",
     "ArsdError": "arsd.errors",
     "AutoARPipeline": "arsd.pipelines.auto",
@@ -26,10 +27,12 @@ _LAZY = {
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
+    "LuminaMGPTPipeline": "arsd.pipelines.lumina_mgpt",
     "PublishedCoolSD": "arsd.decoding.relaxed_strategies",
     "SJD": "arsd.decoding.strategies",
     "SmallARDrafter": "arsd.decoding.small_ar",
     "Speculative": "arsd.decoding.speculative",
+    "VQGANTokenizer": "arsd.tokenizers.vqgan",
     "VQTokenizer": "arsd.tokenizers.vq",
     "parse_strategy": "arsd.decoding.strategies",
     "save_png": "arsd.provenance",
@@ -49,11 +52,14 @@ if TYPE_CHECKING:
     from arsd.errors import ArsdError
     from arsd.models.eagle import EagleDrafter
     from arsd.models.llamagen import LlamaGenTransformer
+    from arsd.pipelines.anole import AnolePipeline
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
     from arsd.pipelines.llamagen import LlamaGenPipeline
+    from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
     from arsd.pipelines.outputs import ARPipelineOutput
     from arsd.provenance import save_png
     from arsd.tokenizers.vq import VQTokenizer
+    from arsd.tokenizers.vqgan import VQGANTokenizer
 
 
 def __getattr__(name: str) -> Any:

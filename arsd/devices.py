@@ -83,6 +83,13 @@ def in_use(*modules: Any) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
+def bring_back(module: Any) -> None:
+    """Have a whole model that is in use brought again: another one may have pushed it out (accelerate's chain of hooks)."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
 def _hooks_of(module: torch.nn.Module) -> list[Any]:
     accelerates, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
     found = [] if accelerates is None else [accelerates]

@@ -1,8 +1,17 @@
 """Diffusers-style pipelines: prompt in, pictures out, with a decoding strategy as the component ``decoder``."""
 
+from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.outputs import ARPipelineOutput
 
-__all__ = ["ARImagePipeline", "ARPipelineOutput", "AutoARPipeline", "LlamaGenPipeline"]
+__all__ = [
+    "ARImagePipeline",
+    "ARPipelineOutput",
+    "AnolePipeline",
+    "AutoARPipeline",
+    "LlamaGenPipeline",
+    "LuminaMGPTPipeline",
+]

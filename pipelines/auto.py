@@ -1,19 +1,17 @@
-"""``AutoARPipeline``: find the pipeline class that a folder, a shipped name or a hub id needs."""
+"""``AutoARPipeline``: find the pipeline that a folder, a weight file, a shipped name or a hub id needs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from arsd.errors import CheckpointError
+from arsd.errors import ArsdError, CheckpointError
 from arsd.pipelines.base import ARImagePipeline
-from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.pipelines.families import PIPELINES, pipeline_for, recognise
 
-PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in (LlamaGenPipeline,)}
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 if not CHECKPOINTS.is_dir():  # reached through the link arsd/pipelines -> pipelines
     CHECKPOINTS = Path(__file__).resolve().parent.parent / "arsd" / "checkpoints"
@@ -25,23 +23,19 @@ def shipped_models() -> list[str]:
 
 
 def find_model(name: str | Path, **hub: Any) -> Path:
-    """The folder of a model: a shipped name, a local folder, or a hub id (downloaded).
+    """Where a model is: a shipped name, a local folder or weight file, or a hub id (downloaded).
 
     Raises:
         CheckpointError: when it is none of them.
     """
     if str(name) in shipped_models():
         return CHECKPOINTS / str(name)
-    folder = Path(name)
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.exists():
-        raise CheckpointError(
-            f"{folder} has no model_index.json: give a pipeline folder, or use LlamaGenPipeline.from_single_file"
-        )
+    path = Path(name)
+    if path.exists():
+        return path
     if str(name).count("/") != 1:
         raise CheckpointError(
-            f"no model {str(name)!r}: shipped models are {', '.join(shipped_models())}; else give a folder or hub id"
+            f"no model {str(name)!r}: shipped models are {', '.join(shipped_models())}; else give a folder, file or hub id"
         )
     from huggingface_hub import snapshot_download
 
@@ -54,7 +48,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
 
 
 class AutoARPipeline:
-    """Picks the class named in ``model_index.json``; not instantiated itself."""
+    """Recognises what it is given by its content; not instantiated itself."""
 
     @staticmethod
     def from_pretrained(
@@ -68,23 +62,26 @@ class AutoARPipeline:
         """Load a pipeline.
 
         Args:
-            name: shipped name (``emoji-128``), pipeline folder, or hub id.
+            name: shipped name (``emoji-128``), pipeline folder, published folder or weight file (see ``arsd models``), or
+                hub id.
             revision: branch, tag or commit on the hub.
             cache_dir: where downloads are kept.
-            dtype: of all weights; float32 by default.
-            components: components that replace the saved ones, e.g. ``decoder=arsd.SJD(window=32)``.
+            dtype: of all weights; by default float32 for a pipeline folder, else that of the published files.
+            components: components that replace the saved ones, e.g. ``decoder=arsd.SJD(window=32)``; of published files also
+                those that lie elsewhere (``vq=...``, ``text_encoder=...``), and options of the class that loads them.
 
         Raises:
             CheckpointError: when there is no such model, or its files are damaged.
         """
-        folder = find_model(name, revision=revision, cache_dir=cache_dir)
+        path = find_model(name, revision=revision, cache_dir=cache_dir)
+        kind = recognise(path)
+        pipeline: Any = pipeline_for(kind)
+        if kind in PIPELINES:
+            dtype = dtype or torch.float32
+        load = pipeline.from_single_file if kind == "llamagen" else pipeline.from_pretrained
         try:
-            class_name = str(json.loads((folder / "model_index.json").read_bytes())["_class_name"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{folder / 'model_index.json'} is damaged ({error}): download the folder again") from None
-        if class_name not in PIPELINES:
-            raise CheckpointError(f"{folder} needs the pipeline {class_name!r}; known are {', '.join(PIPELINES)}")
-        try:
-            return PIPELINES[class_name].from_pretrained(str(folder), dtype=dtype or torch.float32, **components)
+            return load(str(path), dtype=dtype, **components)
+        except ArsdError:
+            raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"could not load {folder}: {' '.join(str(error).split())[:300]}") from error
+            raise CheckpointError(f"could not load {path}: {' '.join(str(error).split())[:300]}") from error

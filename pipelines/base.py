@@ -24,7 +24,7 @@ from arsd.decoding import (
     decode,
 )
 from arsd.decoding.types import DraftModel
-from arsd.devices import device_kind, dtype_name, in_use
+from arsd.devices import bring_back, device_kind, dtype_name, in_use
 from arsd.errors import InputError, StrategyError
 from arsd.models.raster import Raster
 from arsd.pipelines.outputs import OUTPUT_TYPES, ARPipelineOutput, Conditions, Generators, noise_keys, to_output
@@ -190,6 +190,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         progress: bool = True,
         callback_inputs: Sequence[str] = ("tokens",),
+        codebook: Tensor | None = None,
         draft_model: DraftMaker | None = None,
         on_picture: Callable[[int, Any], None] | None = None,
         log_probs: bool = False,
@@ -206,6 +207,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
             progress: show the bar.
             callback_inputs: tensors that the callback gets (copies).
+            codebook: vectors [V, C] of all ids, for the rules that compare them.
             draft_model: makes the draft model of the call for a window.
             on_picture: called with each picture that is finished, and its own result.
             log_probs: also return log-probabilities and entropies.
@@ -217,7 +219,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         profile = find_profile(self.model_hash, device_kind(device), dtype_name(self))
         laws = Laws(config, grammar)
         call = (batch, grammar.num_tokens, raster.row_length, grammar, noise, device, profile, laws)
-        parts = build_parts(decoders, Setting(*call, codebook=self.codebook, draft_model=draft_model, given=given))
+        parts = build_parts(decoders, Setting(*call, codebook=codebook, draft_model=draft_model, given=given))
         target = self.target_maker(conditions)(parts.pass_tokens, batch)
         self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
         total = (grammar.num_tokens - (0 if given is None else given.shape[1])) * count
@@ -229,6 +231,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
                 bar.update(count)
                 if callback is not None:
                     callback(self, step, done, {name: tokens.clone() for name in callback_inputs})
+                    bring_back(self.transformer)
                 step += 1
                 self._num_timesteps = step
                 return self.interrupt
@@ -333,8 +336,9 @@ class ARImagePipeline(Provable, DiffusionPipeline):
 
         # 2. Condition
         given = None
-        if image is not None:
-            with in_use(self.vq):
+        with in_use(self.vq):
+            codebook = self.codebook
+            if image is not None:
                 count = _count(prompt if prompt is not None else class_labels if class_labels is not None else prompt_embeds)
                 given = encode_beginnings(self.vq, image, strength, raster, count, num_images_per_prompt)
         inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": config.guidance_scale != 1}
@@ -358,6 +362,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         def finished(picture: int, result: Any) -> None:
             assert on_picture is not None
             on_picture(picture, output(result, [picture]))
+            bring_back(self.transformer)
 
         with in_use(self.transformer):
             result = self.run_decoder(
@@ -369,6 +374,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
                 callback_on_step_end,
                 progress,
                 callback_on_step_end_tensor_inputs,
+                codebook,
                 self.draft_maker(conditions, batch, encode),
                 None if on_picture is None else finished,
                 log_probs=log_probs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,24 @@ from arsd.decoding import SJD, DecodingStrategy
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import DraftModel
 from arsd.devices import in_use
-from arsd.errors import InputError, warn_caller
-from arsd.models.captions import encode_captions, unknown_words
+from arsd.errors import CheckpointError, InputError, warn_caller
+from arsd.models.captions import clean_caption, encode_captions, unknown_words
 from arsd.models.eagle import EagleDrafter
 from arsd.models.eagle_draft import EagleDraftModel
 from arsd.models.llamagen import LlamaGenTransformer
+from arsd.models.llamagen_files import load_transformer, load_vq
 from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget
+from arsd.models.text_encoders import load_t5_encoder
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
 from arsd.pipelines.outputs import Conditions, check_count, check_prompts, with_given
 from arsd.tokenizers.vq import VQTokenizer
+
+PUBLISHED_SAMPLING = {
+    "class": {"guidance_scale": 4.0, "top_k": 2000, "temperature": 1.0},
+    "text": {"guidance_scale": 7.5, "top_k": 1000, "temperature": 1.0},
+}
+"""What upstream's sampling scripts use; its evaluation of class models has guidance 1.5 to 2 and no top-k."""
 
 
 class LlamaGenPipeline(ARImagePipeline):
@@ -35,6 +44,7 @@ class LlamaGenPipeline(ARImagePipeline):
         text_encoder: T5 encoder (text models only).
         drafter: draft model for the strategies that want one: an :class:`arsd.EagleDrafter`, or a smaller
             :class:`LlamaGenTransformer` of the same codes and conditions.
+        clean_captions: pass prompts through :func:`arsd.models.captions.clean_caption` first, as published text models want.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq"
@@ -48,6 +58,7 @@ class LlamaGenPipeline(ARImagePipeline):
         tokenizer: Any = None,
         text_encoder: Any = None,
         drafter: EagleDrafter | LlamaGenTransformer | None = None,
+        clean_captions: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -58,6 +69,68 @@ class LlamaGenPipeline(ARImagePipeline):
             text_encoder=text_encoder,
             drafter=drafter,
         )
+        self.register_to_config(clean_captions=clean_captions)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, vq: Any = None, **options: Any) -> Any:
+        """Load a pipeline folder; ``vq`` may be the path of another image tokenizer, or an object. See diffusers."""
+        if vq is not None:
+            options["vq"] = vq if isinstance(vq, VQTokenizer) else load_vq(vq, dtype=options.get("dtype"))
+        return super().from_pretrained(str(folder), **options)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        vq: str | Path | VQTokenizer | None = None,
+        text_encoder: str | Path | Any = None,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        image_size: int | None = None,
+        num_heads: int | None = None,
+        decoder: DecodingStrategy | None = None,
+        drafter: EagleDrafter | LlamaGenTransformer | None = None,
+    ) -> LlamaGenPipeline:
+        """A pipeline of published files.
+
+        Args:
+            path: the transformer: ``c2i_*.pt``, ``t2i_*.pt``, or a folder of the hub.
+            vq: the image tokenizer that goes with it: ``vq_ds16_c2i.pt``, ``vq_ds8_c2i.pt`` or ``vq_ds16_t2i.pt``.
+            text_encoder: the folder of google/flan-t5-xl, or an encoder (text models; without one give ``prompt_embeds``).
+            tokenizer: with an encoder that is an object, its tokenizer.
+            dtype: of all weights; by default that of the files.
+            image_size: pixels along one side, where neither the file's name nor a ``config.json`` tells.
+            num_heads: attention heads, for sizes that were never published.
+            decoder: decoding strategy.
+            drafter: draft model.
+
+        Raises:
+            CheckpointError: when a file is missing, damaged or something else, or the files do not belong together.
+        """
+        if vq is None:
+            what = "is a transformer without its image tokenizer"
+            raise CheckpointError(f"{path} {what}: give vq=..., vq_ds16_c2i.pt for classes or vq_ds16_t2i.pt for text")
+        sources = [Path(path), *([] if isinstance(vq, VQTokenizer) else [Path(vq)])]
+        vq = vq if isinstance(vq, VQTokenizer) else load_vq(vq, dtype=dtype)
+        if image_size is not None and (image_size < 1 or image_size % vq.downsample_factor):
+            raise InputError(f"image_size must be a multiple of {vq.downsample_factor} pixels, not {image_size}")
+        grid = None if image_size is None else image_size // vq.downsample_factor
+        transformer = load_transformer(path, grid=grid, num_heads=num_heads, dtype=dtype)
+        is_text = transformer.config["condition"] == "text"
+        if len(vq.codebook) != transformer.config["vocab_size"]:
+            codes = f"{len(vq.codebook)} codes, the transformer {transformer.config['vocab_size']}"
+            raise CheckpointError(f"the image tokenizer has {codes}: give files that belong together")
+        if isinstance(text_encoder, (str, Path)):
+            sources.append(Path(text_encoder))
+            tokenizer, text_encoder = load_t5_encoder(text_encoder, dtype=dtype or transformer.dtype)
+        if text_encoder is not None and is_text and text_encoder.config.d_model != transformer.config["caption_dim"]:
+            wide = f"{text_encoder.config.d_model} wide, the model reads {transformer.config['caption_dim']}"
+            raise CheckpointError(f"the features of the text encoder are {wide}: it wants google/flan-t5-xl")
+        transformer.register_to_config(sampling=PUBLISHED_SAMPLING[transformer.config["condition"]])
+        pipe = cls(transformer, vq, decoder, tokenizer, text_encoder, drafter, clean_captions=is_text)
+        pipe._sources = tuple(sources)
+        return pipe
 
     @property
     def image_size(self) -> int:
@@ -118,6 +191,8 @@ class LlamaGenPipeline(ARImagePipeline):
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.config["clean_captions"]:
+            prompts = [clean_caption(text) for text in prompts]
         strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
         if strange:
             warn_caller(f"the text encoder does not know: {', '.join(strange)}")

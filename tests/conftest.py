@@ -49,3 +49,11 @@ def command(capsys):
         return status, out, [line for line in err.splitlines() if line.strip()]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """Tiny published checkpoints of the families whose codes are words (:mod:`families`)."""
+    from families import Samples
+
+    return Samples(tmp_path_factory.mktemp("families"))

@@ -48,13 +48,24 @@ def test_guidance_is_u_plus_s_times_c_minus_u():
         )
 
 
-def test_guidance_interval_guides_the_positions_up_to_it_and_no_other():
+def test_guidance_interval_guides_the_first_token_and_those_of_the_steps_up_to_it():
+    """LlamaGen's cfg_interval k counts decoding steps, of which step 0 gives the second token: positions 0..k + 1."""
     logits = logits_of(streams=2)
     guided, plain = law_of(logits, guidance_scale=3.0).scores, logits[0]
-    scores = law_of(logits, guidance_scale=3.0, guidance_interval=4).scores
+    scores = law_of(logits, guidance_scale=3.0, guidance_interval=3).scores
     inside = (positions_of() <= 4)[..., None]
     assert torch.equal(scores, torch.where(inside, guided, plain))
     assert inside.any() and not inside.all()
+
+
+def test_three_streams_guide_towards_the_pictures_of_a_prompt_and_then_towards_its_words():
+    logits = logits_of(streams=3)
+    words, pictures, neither = logits
+    scores = law_of(logits, guidance_scale=3.0, image_guidance_scale=1.2).scores
+    torch.testing.assert_close(scores, neither + 1.2 * (pictures - neither) + 3.0 * (words - pictures), rtol=0, atol=1e-12)
+    without = law_of(torch.stack([words, neither, neither]), guidance_scale=3.0, image_guidance_scale=1.2).scores
+    two = law_of(torch.stack([words, neither]), guidance_scale=3.0).scores
+    torch.testing.assert_close(without, two, rtol=0, atol=1e-12)  # a prompt without pictures needs two streams
 
 
 def test_temperature_divides_the_logits():

@@ -169,9 +169,7 @@ def test_every_container_gives_the_same_tokenizer(tmp_path: Path, container: str
     assert same(tokenizer.state_dict(), load_vqgan(state).state_dict())
 
 
-def test_a_lightning_file_with_a_class_in_it_loads_without_lightning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lightning_file_with_a_class_loads_without_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning before 1.5 keyed what callbacks remember by their class."""
     module = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": module})

@@ -75,7 +75,9 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     @property
     def codebook(self) -> Tensor:
         """The codes as they are used: [codebook_size, codebook_dim], rows of length 1."""
-        return F.normalize(self.net.quantize.embedding.weight, dim=-1)
+        table = self.net.quantize.embedding
+        every = torch.arange(table.num_embeddings, device=table.weight.device)
+        return F.normalize(table(every), dim=-1)  # a call, so that weights which are elsewhere are brought
 
     def latents(self, images: Tensor) -> Tensor:
         """Unit-length latents [B, h, w, codebook_dim] of pictures [B, 3, H, W] in [-1, 1], before look-up."""

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = f"batch {report['batch']}" + (", rows refilled" if report["queue"] else "")
     machine = f"{report['dtype']}, {report['device']}, {report['threads']} threads"
     sampled = f"guidance {report['guidance_scale']}, top-k {report['top_k']}"
-    print(f"{report['model']} ({weights[:12]}), {machine}, {rows}, {report['prompts']} prompts, {sampled}")
+    print(f"{report['model']} ({str(weights)[:12]}), {machine}, {rows}, {report['prompts']} prompts, {sampled}")
     print(bench_table(report["rows"]))
     return 0
 

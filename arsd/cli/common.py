@@ -21,12 +21,27 @@ DEFAULT_MODEL = "emoji-128"
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --device, --threads, --import."""
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="shipped name, pipeline folder or hub id (default: %(default)s)"
+        "--model", default=DEFAULT_MODEL, help="shipped name, folder, weight file or hub id (default: %(default)s)"
     )
+    add_component_options(parser)
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float64")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads")
     add_import_option(parser)
+
+
+def add_component_options(parser: argparse.ArgumentParser) -> None:
+    """--vq, --text-encoder, --image-size: what published files leave out."""
+    parser.add_argument("--vq", metavar="PATH", help="image tokenizer, where it is not beside a published model")
+    parser.add_argument("--text-encoder", metavar="DIR", help="text encoder of a published LlamaGen text model")
+    parser.add_argument("--image-size", type=int, help="pixels of a square picture, where a published folder does not tell")
+
+
+def components(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The components that were given, as arguments of ``AutoARPipeline.from_pretrained``."""
+    return {
+        name: value for name in ("vq", "text_encoder", "image_size") if (value := getattr(arguments, name, None)) is not None
+    }
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +60,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """--seed, --guidance-scale, --temperature, --top-k, --top-p."""
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
+    parser.add_argument("--guidance-interval", type=int, help="guide the first tokens only (LlamaGen's cfg_interval)")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int, help="0 keeps every token")
     parser.add_argument("--top-p", type=float)
@@ -52,16 +68,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that were given, as pipeline arguments."""
-    return {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    names = ("guidance_scale", "guidance_interval", "temperature", "top_k", "top_p")
+    return {name: getattr(arguments, name) for name in names}
 
 
-def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str]:
+def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str | None]:
     """The pipeline on its device and the hash of its weights."""
     import torch
 
     from arsd.devices import resolve_device, resolve_dtype
     from arsd.pipelines.auto import AutoARPipeline, find_model
-    from arsd.provenance import model_hash
 
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -71,8 +87,8 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str]:
     dtype = resolve_dtype(arguments.dtype, device)
     folder = find_model(arguments.model)
     with quiet():
-        pipe = AutoARPipeline.from_pretrained(folder, dtype=dtype)
-    return pipe.to(device), model_hash(folder)
+        pipe = AutoARPipeline.from_pretrained(folder, dtype=dtype, **components(arguments))
+    return pipe.to(device), pipe.model_hash
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def add_parser(commands: Any) -> None:
         "--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)"
     )
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--class-label", type=int, action="append", default=[], help="for class models, instead of a prompt")
+    parser.add_argument("--height", type=int, help="pixels, for models of several sizes")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--image", metavar="FILE", help="a picture to be continued: its upper part is kept")
+    parser.add_argument("--strength", type=float, default=0.5, help="share of --image that is made anew (default: 0.5)")
     add_sampling_options(parser)
     add_model_options(parser)
     parser.add_argument("--compare", action="store_true", help="also run plain AR with the same seed and compare")
@@ -41,6 +46,19 @@ def add_parser(commands: Any) -> None:
 def slug(prompt: str) -> str:
     """A file name for a prompt: letters, digits and dashes, at most 60."""
     return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
+
+
+def inputs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is painted: ``{"prompt": text}`` or ``{"class_labels": number}`` each.
+
+    Raises:
+        InputError: when there is nothing, or both.
+    """
+    if not arguments.class_label:
+        return [{"prompt": text} for text in read_prompts(arguments.prompt, arguments.prompts)]
+    if arguments.prompt or arguments.prompts:
+        raise InputError("give prompts or --class-label, not both")
+    return [{"class_labels": label} for label in arguments.class_label]
 
 
 def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
@@ -63,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     from arsd.provenance import save_png, tokens_sha256
 
     show_warnings_in_one_line()
-    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    inputs = inputs_of(arguments)
+    prompts = [str(next(iter(one.values()))) for one in inputs]
     if arguments.n < 1:
         raise InputError(f"--n must be at least 1, not {arguments.n}")
     if not 0 <= arguments.seed < 2**63:
@@ -75,15 +94,19 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [path for paths in plan for path in paths if path.exists()]
     if taken and not arguments.overwrite:
         raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
+    options = {"num_images_per_prompt": arguments.n, "height": arguments.height, "width": arguments.width}
+    options |= sampling(arguments)
+    if arguments.image is not None:
+        options |= {"image": open_picture(arguments.image), "strength": arguments.strength}
     out.mkdir(parents=True, exist_ok=True)
     pipe, weights = load_pipeline(arguments)
     decoder = given or pipe.decoder
     show = not arguments.json
     pipe.set_progress_bar_config(disable=None if show else True, unit="token", leave=False)  # None: only on a terminal
     images, rows = [], []
-    for prompt, paths in zip(prompts, plan, strict=True):
-        options = {"num_images_per_prompt": arguments.n, **sampling(arguments)}
-        result = pipe(prompt, decoder=decoder, generator=torch.Generator().manual_seed(arguments.seed), **options)
+    for given_input, prompt, paths in zip(inputs, prompts, plan, strict=True):
+        seeded = torch.Generator().manual_seed(arguments.seed)
+        result = pipe(**given_input, decoder=decoder, generator=seeded, **options)
         entries = []
         for i, path in enumerate(paths):
             entry = {**picture_entry(result, i), "prompt": prompt, "path": str(path)}
@@ -96,7 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
             [prompt, str(decoder), stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""]
         )
         if arguments.compare:
-            plain = pipe(prompt, decoder="ar", generator=torch.Generator().manual_seed(arguments.seed), **options)
+            seeded = torch.Generator().manual_seed(arguments.seed)
+            plain = pipe(**given_input, decoder="ar", generator=seeded, **options)
             for i, entry in enumerate(entries):
                 changed = int((plain.tokens[i] != result.tokens[i]).sum())
                 same = {"tokens_sha256": tokens_sha256(plain.tokens[i]), "changed_tokens": changed}
@@ -119,6 +143,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(["prompt", "decoder", "passes", "tokens/pass", "seconds", "against plain AR"], rows))
         print(f"{len(images)} picture{'s' * (len(images) > 1)} in {out}/")
     return 0
+
+
+def open_picture(path: str) -> Any:
+    """A picture file, RGB.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from None
 
 
 def picture_entry(result: Any, i: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""``arsd models``: what can be loaded."""
+"""``arsd models``: what can be loaded, and what a folder or file is."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from arsd.cli.common import table
@@ -11,13 +12,33 @@ from arsd.cli.common import table
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("models", help="list the models that ship with the package", description=__doc__)
+    parser = commands.add_parser("models", help="list the models that can be loaded", description=__doc__)
+    parser.add_argument("path", nargs="*", help="say what these folders or weight files are, instead")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table."""
+    """Print the tables."""
+    if arguments.path:
+        return _tell(arguments)
+    from arsd.pipelines.families import FAMILIES
+
+    shipped = _shipped()
+    if arguments.json:
+        print(json.dumps({"shipped": shipped, "families": [asdict(family) for family in FAMILIES]}))
+        return 0
+    print("In the package:\n")
+    print(table(["name", "pipeline", "MB", "model hash"], [[*row.values()] for row in shipped]))
+    print("\nPublished checkpoints, as they are (all with seeds, batches, guidance and every decoder):\n")
+    for family in FAMILIES:
+        print(f"{family.name}\n  pipeline  {family.pipeline}\n  files     {family.files}")
+        print(f"  also      {family.features}\n  tested    {family.tested}\n")
+    print("arsd models PATH says what a folder or file is.")
+    return 0
+
+
+def _shipped() -> list[dict[str, Any]]:
     from arsd.pipelines.auto import find_model, shipped_models
     from arsd.provenance import model_hash
 
@@ -27,8 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
         rows.append({"name": name, "pipeline": kind, "megabytes": round(size / 1e6, 1), "model_hash": model_hash(folder)})
+    return rows
+
+
+def _tell(arguments: argparse.Namespace) -> int:
+    """What each path is; fails at the first that is nothing."""
+    from arsd.pipelines.auto import find_model
+    from arsd.pipelines.families import pipeline_for, recognise
+
+    kinds = [(path, recognise(find_model(path))) for path in arguments.path]
+    found = [{"path": path, "kind": kind, "pipeline": pipeline_for(kind).__name__} for path, kind in kinds]
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(found))
     else:
-        print(table(["name", "pipeline", "MB", "model hash"], [[*row.values()] for row in rows]))
+        print(table(["path", "kind", "pipeline"], [[*row.values()] for row in found]))
     return 0

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arsd.cli.common import quiet, table
+from arsd.cli.common import add_component_options, components, quiet, table
 from arsd.errors import ArsdError, InputError
 
 
@@ -16,6 +16,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("verify", help="is a picture the plain AR sample of its seed?", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="PNG files that arsd wrote")
     parser.add_argument("--model", help="where the model is (default: the name in the picture)")
+    add_component_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in arguments.files if not Path(name).is_file()]
     if missing:
         raise InputError(f"there is no file {missing[0]}")
-    results = verify_files(arguments.files, arguments.model, arguments.device)
+    results = verify_files(arguments.files, arguments.model, arguments.device, **components(arguments))
     if arguments.json:
         print(json.dumps([result.as_dict() for result in results]))
     else:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if "refuted" in found else 3 if "unknown" in found else 0
 
 
-def verify_files(files: list[str], model: str | None, device: str) -> list[Any]:
+def verify_files(files: list[str], model: str | None, device: str, **parts: Any) -> list[Any]:
     """Results in the order of the files; those of one model and dtype are verified together."""
     from arsd.devices import DTYPES, resolve_device
     from arsd.pipelines.auto import AutoARPipeline, find_model
@@ -57,7 +58,7 @@ def verify_files(files: list[str], model: str | None, device: str) -> list[Any]:
             if dtype not in DTYPES:
                 raise InputError(f"its record is damaged (dtype {dtype!r})")
             with quiet():
-                pipe = AutoARPipeline.from_pretrained(find_model(named), dtype=DTYPES[dtype]).to(where)
+                pipe = AutoARPipeline.from_pretrained(find_model(named), dtype=DTYPES[dtype], **parts).to(where)
             found = verify_pictures(pipe, [files[index] for index in members])
         except ArsdError as error:
             found = [Verification(files[index], UNKNOWN, str(error)) for index in members]

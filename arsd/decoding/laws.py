@@ -23,7 +23,8 @@ class LawConfig:
 
     Args:
         guidance_scale: s of ``u + s (c - u)``; 1 means no guidance (and no second stream).
-        guidance_interval: k > -1 guides the positions 0..k only (LlamaGen's ``cfg_interval``).
+        guidance_interval: k > -1 guides the positions 0..k + 1 only, as LlamaGen's ``cfg_interval`` does: the first token
+            always, and then those that its decoding steps 0..k give.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set with this mass; 1 keeps all.
@@ -198,7 +199,7 @@ class Laws:
             guided = unconditional + self.config.guidance_scale * (conditional - unconditional)
         if self.config.guidance_interval < 0:
             return guided
-        return torch.where((positions <= self.config.guidance_interval)[..., None], guided, conditional)
+        return torch.where((positions <= self.config.guidance_interval + 1)[..., None], guided, conditional)
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:

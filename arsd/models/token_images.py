@@ -41,6 +41,10 @@ class TokenProtocol(ABC):
             InputError: for a size that the models cannot make.
         """
 
+    def advice(self, height: int, width: int) -> str:
+        """What a user should know of a size that the models can make, if anything."""
+        return ""
+
     @abstractmethod
     def prompt_ids(self, prompt: str, height: int, width: int, images: Sequence[Tensor] = ()) -> list[int]:
         """Ids of the conditional stream, up to the last one before the first code.

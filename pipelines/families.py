@@ -1,0 +1,157 @@
+"""The families of models that arsd knows, and telling by its content which one a folder or file belongs to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from arsd.errors import CheckpointError
+from arsd.models.chameleon_files import find_kind
+from arsd.models.llamagen_files import llamagen_kind
+from arsd.pipelines.anole import AnolePipeline
+from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.llamagen import LlamaGenPipeline
+from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
+
+PIPELINES: dict[str, type[ARImagePipeline]] = {
+    cls.__name__: cls for cls in (LlamaGenPipeline, LuminaMGPTPipeline, AnolePipeline)
+}
+WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of ``arsd models``.
+
+    Args:
+        kind: what :func:`recognise` calls it.
+        name: models and sizes.
+        pipeline: class that runs it.
+        files: what is expected.
+        features: beyond prompts, seeds, batches and every strategy, which all have.
+        tested: against what.
+    """
+
+    kind: str
+    name: str
+    pipeline: str
+    files: str
+    features: str
+    tested: str
+
+
+_RANDOM = "tiny random weights in the published layout; no published weights were at hand"
+FAMILIES = (
+    Family(
+        "llamagen-c2i",
+        "LlamaGen class-to-image B, L, XL, XXL, 3B (and XXXL, 1B, 7B)",
+        "LlamaGenPipeline",
+        "c2i_*.pt (or a hub folder) + vq_ds16_c2i.pt or vq_ds8_c2i.pt",
+        "256/384 px, guidance interval, continuation, EAGLE and small-model drafters",
+        f"{_RANDOM}; logits against an independent forward",
+    ),
+    Family(
+        "llamagen-t2i",
+        "LlamaGen text-to-image XL, stages 1 and 2",
+        "LlamaGenPipeline",
+        "t2i_XL_stage*.pt + vq_ds16_t2i.pt + the folder of google/flan-t5-xl",
+        "256/512 px, caption cleaner, continuation, drafters",
+        f"{_RANDOM}; logits against an independent forward",
+    ),
+    Family(
+        "lumina-mgpt",
+        "Lumina-mGPT 7B (512, 768, 1024), 34B",
+        "LuminaMGPTPipeline",
+        "hub folder + chameleon/tokenizer/vqgan.ckpt (Meta)",
+        "sizes in steps of 32 px, continuation, EAGLE drafters, device maps",
+        f"{_RANDOM}; logits against an independent forward",
+    ),
+    Family(
+        "lumina-mgpt-2",
+        "Lumina-mGPT 2.0, 2.0-Omni",
+        "LuminaMGPTPipeline",
+        "hub folder + movqgan_270M.ckpt (ai-forever/MoVQGAN)",
+        "sizes in steps of 32 px, continuation, device maps",
+        f"{_RANDOM}; the ids of codes are upstream's constant",
+    ),
+    Family(
+        "anole",
+        "Anole 7B (transformers layout)",
+        "AnolePipeline",
+        "hub folder with model.vqmodel.* (decoder included)",
+        "512 px, pictures in prompts (three streams), continuation, EAGLE drafters, device maps",
+        f"{_RANDOM}; logits against transformers",
+    ),
+    Family(
+        "anole-meta",
+        "Anole 7B, Chameleon 7B (Meta's layout)",
+        "AnolePipeline",
+        "models/7b/{params.json, consolidated.pth} + tokenizer/{text_tokenizer.json, vqgan.ckpt}",
+        "as anole",
+        f"{_RANDOM}; logits against an independent forward",
+    ),
+    Family(
+        "chameleon",
+        "Chameleon 7B (transformers layout)",
+        "AnolePipeline",
+        "hub folder + vqgan.ckpt (Meta); Meta published no weights that draw well",
+        "as anole",
+        f"{_RANDOM}; logits against transformers",
+    ),
+)
+
+
+def recognise(path: str | Path) -> str:
+    """What a folder or file holds: the name of a pipeline class for a pipeline folder, else the kind of a family.
+
+    Only headers are read, never names.
+
+    Raises:
+        CheckpointError: when it is nothing that arsd can run; the message says what was found, and what to give.
+    """
+    path = Path(path)
+    index = path / "model_index.json"
+    if index.is_file():
+        return _pipeline_of(index)
+    if path.is_file() or path.is_dir():
+        weights = llamagen_kind(path)
+        if weights == "transformer":
+            return "llamagen"
+        if weights == "vq":
+            raise CheckpointError(
+                f"{path} is an image tokenizer of LlamaGen: give it as vq=..., beside a transformer's file"
+            )
+    if path.is_file():
+        raise CheckpointError(f"{path} holds weights of no model that arsd knows: see arsd models")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist: check the path")
+    kind = find_kind(path)
+    if kind is not None:
+        return kind
+    held = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
+    if held:
+        listed = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
+        raise CheckpointError(f"{path} holds several weight files or unknown ones ({listed}): give one of them, with vq=...")
+    raise CheckpointError(
+        f"{path} holds no model that arsd knows (no model_index.json, no known config.json): see arsd models"
+    )
+
+
+def _pipeline_of(index: Path) -> str:
+    try:
+        name = str(json.loads(index.read_bytes())["_class_name"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{index} is damaged ({error}): download the folder again") from None
+    if name not in PIPELINES:
+        raise CheckpointError(f"{index.parent} needs the pipeline {name!r}; known are {', '.join(PIPELINES)}")
+    return name
+
+
+def pipeline_for(kind: str) -> type[ARImagePipeline]:
+    """The pipeline class for what :func:`recognise` found."""
+    if kind in PIPELINES:
+        return PIPELINES[kind]
+    if kind == "llamagen":
+        return LlamaGenPipeline
+    return PIPELINES[next(family.pipeline for family in FAMILIES if family.kind == kind)]

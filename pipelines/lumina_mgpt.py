@@ -1,0 +1,19 @@
+"""Lumina-mGPT (arXiv 2408.02657) and Lumina-mGPT 2.0 (arXiv 2507.17801): text to pictures of many sizes."""
+
+from __future__ import annotations
+
+from arsd.models.lumina import LuminaProtocol
+from arsd.pipelines.chameleon import ChameleonPipeline
+
+
+class LuminaMGPTPipeline(ChameleonPipeline):
+    """Lumina-mGPT 7B and 34B, and 2.0, from their published folders.
+
+    ``height`` and ``width`` are multiples of 32 (see :func:`arsd.models.lumina.trained_sizes`). With ``image`` and
+    ``strength`` the rest of a picture is generated; with Lumina-mGPT 2.0 Omni that is also how its image-to-image tasks
+    work: the given picture is the upper half of one that is twice as high.
+    """
+
+    protocol_class = LuminaProtocol
+    default_size = 768
+    kinds = ("lumina-mgpt", "lumina-mgpt-2")

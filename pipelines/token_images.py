@@ -1,0 +1,205 @@
+"""The base of pipelines for models whose image codes are words of their own vocabulary (Lumina-mGPT, Anole)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from arsd.decoding import SJD, DecodingStrategy
+from arsd.decoding.small_ar import SmallARDrafter
+from arsd.decoding.types import DraftModel
+from arsd.devices import in_use
+from arsd.errors import InputError, warn_caller
+from arsd.models.eagle import EagleDrafter
+from arsd.models.eagle_draft import EagleDraftModel
+from arsd.models.raster import Raster
+from arsd.models.target import DecoderTarget
+from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
+from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
+from arsd.pipelines.outputs import Conditions, check_count, check_prompts, with_given
+from arsd.pipelines.prefix import to_pixels
+
+SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
+
+
+class TokenImagePipeline(ARImagePipeline):
+    """Pictures from prompts, with a language model that writes image codes between its words.
+
+    A subclass names its protocol; everything else is the same for all such families.
+
+    Args:
+        transformer: the language model with its head.
+        vq: the image tokenizer.
+        tokenizer: the text tokenizer.
+        decoder: decoding strategy; :class:`arsd.SJD` with the ``gumbel`` coupling when none is given.
+        drafter: an :class:`arsd.EagleDrafter`, or a smaller model of the same family and vocabulary.
+        image_size: side of a square picture in pixels; the family's own when ``None``.
+        sampling: sampling options instead of the published ones (fields of :class:`arsd.decoding.LawConfig`).
+    """
+
+    model_cpu_offload_seq = "transformer->vq"
+    _optional_components = ["decoder", "drafter"]
+    protocol_class: ClassVar[Callable[..., TokenProtocol]]
+    default_size: ClassVar[int]
+
+    def __init__(
+        self,
+        transformer: Any,
+        vq: Any,
+        tokenizer: Any,
+        decoder: DecodingStrategy | None = None,
+        drafter: Any = None,
+        image_size: int | None = None,
+        sampling: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        decoder = decoder if decoder is not None else SJD()
+        self.register_modules(transformer=transformer, vq=vq, tokenizer=tokenizer, decoder=decoder, drafter=drafter)
+        self.register_to_config(image_size=image_size or self.default_size, sampling=sampling)
+        self._sources: tuple[Path, ...] = ()
+
+    @cached_property
+    def protocol(self) -> TokenProtocol:
+        """What the family does with words and codes."""
+        known = (self.tokenizer, len(self.vq.codebook), self.vq.downsample_factor, self.config["image_size"])
+        return type(self).protocol_class(*known, self.config["sampling"])
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """See :class:`ARImagePipeline`."""
+        return self.protocol.sampling
+
+    @property
+    def codebook(self) -> Tensor:
+        """See :class:`ARImagePipeline`."""
+        return self.protocol.codebook(self.vq.codebook)
+
+    def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
+        """See :class:`ARImagePipeline`."""
+        return self.protocol.raster(*self._size(height, width))
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+                raise InputError(f"{name} must be a number of pixels, not {side!r}")
+        side = self.protocol.size
+        return (height or side), (width or side)
+
+    def check_inputs(
+        self,
+        height: int | None,
+        width: int | None,
+        num_images_per_prompt: int,
+        prompt: str | Sequence[str] | None = None,
+        prompt_images: Any = None,
+        **unknown: Any,
+    ) -> None:
+        """Raise InputError for anything that the model cannot work with."""
+        if unknown:
+            raise InputError(f"this model takes prompts: leave out {', '.join(unknown)}")
+        if prompt is None:
+            raise InputError("this model is text-conditional: give a prompt")
+        check_prompts(prompt)
+        check_count(num_images_per_prompt)
+        self.make_raster(height, width)
+        if advice := self.protocol.advice(*self._size(height, width)):
+            warn_caller(advice)
+
+    @torch.no_grad()
+    def encode_inputs(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str] = (),
+        prompt_images: Any = None,
+        num_images_per_prompt: int = 1,
+        guided: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        given: Tensor | None = None,
+        slots: int | None = None,
+        model: Any = None,
+    ) -> Conditions:
+        """See :class:`ARImagePipeline`.
+
+        Streams and prompts of different lengths are padded on the left to a common number of slots, a multiple of
+        :data:`SLOTS`, or to ``slots`` if that is more; every stream begins at position 0.
+        """
+        size = self._size(height, width)
+        raster, device = self.protocol.raster(*size), self._execution_device
+        images = [] if prompt_images is None else self._codes_of(prompt_images)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        streams = [[self.protocol.prompt_ids(text, *size, images) for text in prompts]]
+        if guided and images:
+            streams.append([self.protocol.image_only_ids(*size, images)] * len(prompts))
+        if guided:
+            streams.append([self.protocol.null_ids(*size)] * len(prompts))
+        longest = max(slots or 0, *(len(ids) for stream in streams for ids in stream))
+        longest = -(-longest // SLOTS) * SLOTS
+        rows = [[[0] * (longest - len(ids)) + ids for ids in stream] for stream in streams]
+        padded = [[[True] * (longest - len(ids)) + [False] * len(ids) for ids in stream] for stream in streams]
+        table = torch.tensor(rows, device=device).repeat_interleave(num_images_per_prompt, dim=1)
+        padding = torch.tensor(padded, device=device).repeat_interleave(num_images_per_prompt, dim=1)
+        with in_use(model or self.transformer):
+            condition = self._embed(model or self.transformer)(table)
+        made_of = {"height": size[0], "width": size[1], "slots": longest} | with_given(given)
+        inputs = [{"prompt": text} | made_of for text in prompts for _ in range(num_images_per_prompt)]
+        return Conditions(condition, padding, inputs, raster, None if given is None else given.to(device), table)
+
+    def null_conditions(self, batch: int, guided: bool) -> Conditions:
+        """See :class:`ARImagePipeline`."""
+        return self.encode_inputs([""] * batch, guided=guided)
+
+    def target_maker(self, conditions: Conditions, model: Any = None) -> TargetMaker:
+        """See :class:`ARImagePipeline`."""
+        model = model or self.transformer
+        condition, total = conditions.condition, conditions.raster.num_tokens
+        head = self._head(model, condition.device)
+        embed = CodeEmbedding(self._embed(model), self.protocol.local_ids.to(condition.device))
+
+        def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
+            rest = (total, pass_tokens, conditions.padding, batch, conditions.given)
+            return DecoderTarget(model.model, head, embed, condition, *rest, count_padding=False)
+
+        return make_target
+
+    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
+        """See :class:`ARImagePipeline`."""
+        drafter, model, total = self.drafter, self.transformer, conditions.raster.num_tokens
+
+        def make_eagle(window: int) -> DraftModel:
+            condition = conditions.condition
+            if drafter.embed_tokens is not None:
+                known, words = drafter.embed_tokens.num_embeddings, self._embed(model).num_embeddings
+                if known < words:
+                    raise InputError(f"the drafter has {known} ids, the model {words}: it belongs to another model")
+                condition = drafter.embed_tokens(conditions.ids).to(condition.dtype)
+            parts = (model.model.rotary_emb, self._head(model, condition.device), self._embed(model), condition)
+            ids = self.protocol.local_ids.to(condition.device)
+            rest = (conditions.padding, batch, conditions.given)
+            return EagleDraftModel(drafter, *parts, total, window, *rest, count_padding=False, ids=ids)
+
+        def make_small(window: int) -> DraftModel:
+            maker = self.target_maker(encode(model=drafter), drafter)
+            return SmallARDrafter(maker(max(window, 2), batch), window)
+
+        if drafter is None:
+            return None
+        return make_eagle if isinstance(drafter, EagleDrafter) else make_small
+
+    def _codes_of(self, images: Any) -> list[Tensor]:
+        """Codes [h, w] of the pictures that a prompt speaks of."""
+        side = self.protocol.size
+        with in_use(self.vq):
+            pixels = to_pixels(images, side, side, self.vq.downsample_factor).to(self.vq.device, self.vq.dtype)
+            return [self.vq.encode(one[None])[0] for one in pixels]
+
+    def _embed(self, model: Any) -> torch.nn.Embedding:
+        embed: torch.nn.Embedding = model.get_input_embeddings()
+        return embed
+
+    def _head(self, model: Any, device: torch.device) -> CodeHead:
+        return CodeHead(model.get_output_embeddings(), self.protocol.code_ids, len(self.protocol.mark_ids), device)
