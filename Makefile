@@ -35,7 +35,9 @@ test-all: lint ## everything: slow tests and the oldest transformers too
 test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding tests against transformers 5.17.0
 	PYTHONPATH="$(abspath $(OLDEST))" $(PY) -c 'import transformers as t; assert t.__version__ == "5.17.0", t.__file__'
 	PYTHONPATH="$(abspath $(OLDEST))" $(PYTEST) -m "not slow" --timeout 600 \
-	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py
+	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py tests/test_text_encoders.py tests/test_vqgan.py \
+	    tests/test_chameleon.py tests/test_chameleon_files.py tests/test_families.py tests/test_continuation.py \
+	    tests/test_generate_fn.py
 
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -58,6 +58,11 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """The sampling options that the model was published with (fields of :class:`arsd.decoding.LawConfig`)."""
         raise NotImplementedError
 
+    @property
+    def takes_classes(self) -> bool:
+        """Whether pictures are made from class labels rather than prompts."""
+        return False
+
     def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
         """How a picture of this size (pixels; the model's own when ``None``) lies in its tokens.
 

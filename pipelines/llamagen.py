@@ -142,6 +142,11 @@ class LlamaGenPipeline(ARImagePipeline):
         """See :class:`ARImagePipeline`."""
         return self.transformer.config["sampling"] or {}
 
+    @property
+    def takes_classes(self) -> bool:
+        """See :class:`ARImagePipeline`."""
+        return bool(self.transformer.config["condition"] == "class")
+
     def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
         """See :class:`ARImagePipeline`; every code is allowed everywhere."""
         if any(side not in (None, self.image_size) for side in (height, width)):

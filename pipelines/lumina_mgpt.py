@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from arsd.models.lumina import LuminaProtocol
 from arsd.pipelines.chameleon import ChameleonPipeline
 
@@ -17,3 +19,9 @@ class LuminaMGPTPipeline(ChameleonPipeline):
     protocol_class = LuminaProtocol
     default_size = 768
     kinds = ("lumina-mgpt", "lumina-mgpt-2")
+
+    def protocol_options(self) -> dict[str, Any]:
+        """Where the codes of version 2 begin, if the configuration names them."""
+        named = self.transformer.config.vocabulary_map or {}
+        codes = [number for word, number in named.items() if word.startswith("<MOVQGAN")]
+        return {"first_code": min(codes)} if codes else {}

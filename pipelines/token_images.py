@@ -67,7 +67,11 @@ class TokenImagePipeline(ARImagePipeline):
     def protocol(self) -> TokenProtocol:
         """What the family does with words and codes."""
         known = (self.tokenizer, len(self.vq.codebook), self.vq.downsample_factor, self.config["image_size"])
-        return type(self).protocol_class(*known, self.config["sampling"])
+        return type(self).protocol_class(*known, self.config["sampling"], **self.protocol_options())
+
+    def protocol_options(self) -> dict[str, Any]:
+        """What only the weights' configuration tells the protocol."""
+        return {}
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -277,6 +277,20 @@ def test_the_command_line_paints_and_verifies_with_a_published_folder(samples, c
     assert status == 0 and "verified" in out
 
 
+def test_where_the_codes_of_lumina_2_begin_is_read_from_the_configuration(tmp_path):
+    """Without it, they begin at upstream's constant."""
+    import published_chameleon as published
+
+    vq = reference_vqgan.movq_state(ch=32, mult=(1, 1), blocks=1, codes=CODES)
+    published.write_lumina2(tmp_path / "moved", first_code=4000, vq_state=vq)
+    moved: Any = arsd.AutoARPipeline.from_pretrained(tmp_path / "moved")
+    assert moved.protocol.code_ids.tolist() == list(range(4000, 4000 + CODES))
+    config = moved.transformer.config
+    config.vocabulary_map = {word: n for word, n in config.vocabulary_map.items() if not word.startswith("<MOVQGAN")}
+    again = arsd.LuminaMGPTPipeline(moved.transformer, moved.vq, moved.tokenizer)
+    assert again.protocol.code_ids[0] == 155000
+
+
 # ----------------------------------------------------------------------------------------------------------- bad inputs
 
 

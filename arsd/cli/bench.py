@@ -7,7 +7,16 @@ import json
 import sys
 from typing import Any
 
-from arsd.cli.common import add_model_options, add_sampling_options, load_pipeline, read_prompts, sampling, table
+from arsd.cli.common import (
+    add_input_options,
+    add_model_options,
+    add_sampling_options,
+    inputs_of,
+    load_pipeline,
+    sampling,
+    size,
+    table,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -15,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="compare decoding strategies", description=__doc__)
     parser.add_argument("--decoders", nargs="+", default=["ar", "sjd"], help="strategies, separated by spaces")
     parser.add_argument("--prompt", nargs="+", default=[], help="prompts")
-    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    add_input_options(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--queue", action="store_true", help="one call of all prompts, whose freed rows are refilled")
@@ -34,20 +43,22 @@ def run(arguments: argparse.Namespace) -> int:
     from arsd.decoding import parse_strategy
 
     strategies = [parse_strategy(text) for text in arguments.decoders]
-    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    inputs = [next(iter(one.values())) for one in inputs_of(arguments)]
     pipe, weights = load_pipeline(arguments)
 
     def progress(text: str) -> None:
         print(f"\r{text}", end="", file=sys.stderr, flush=True)
 
-    options = {
+    options: dict[str, Any] = {
         "batch": arguments.batch,
         "repeats": arguments.repeats,
         "seed": arguments.seed,
         "check": not arguments.no_check,
         "queue": arguments.queue,
+        **size(arguments),
+        **sampling(arguments),
     }
-    report = run_bench(pipe, strategies, prompts, progress=progress, **options, **sampling(arguments))
+    report = run_bench(pipe, strategies, inputs, progress=progress, **options)
     print(file=sys.stderr)
     report = {"model": arguments.model, "model_hash": weights, **report}
     if arguments.json:

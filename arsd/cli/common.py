@@ -56,6 +56,32 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """--prompts, --class-label, --height, --width."""
+    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    parser.add_argument("--class-label", type=int, action="append", default=[], help="for class models, instead of prompts")
+    parser.add_argument("--height", type=int, help="pixels, for models of several sizes")
+    parser.add_argument("--width", type=int, help="likewise")
+
+
+def size(arguments: argparse.Namespace) -> dict[str, int]:
+    """The size that was given, as pipeline arguments."""
+    return {name: value for name in ("height", "width") if (value := getattr(arguments, name)) is not None}
+
+
+def inputs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is painted: ``{"prompt": text}`` or ``{"class_labels": number}`` each.
+
+    Raises:
+        InputError: when there is nothing, or both.
+    """
+    if not arguments.class_label:
+        return [{"prompt": text} for text in read_prompts(arguments.prompt, arguments.prompts)]
+    if arguments.prompt or arguments.prompts:
+        raise InputError("give prompts or --class-label, not both")
+    return [{"class_labels": label} for label in arguments.class_label]
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """--seed, --guidance-scale, --temperature, --top-k, --top-p."""
     parser.add_argument("--seed", type=int, default=0)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from arsd.cli.common import (
+    add_input_options,
     add_model_options,
     add_sampling_options,
+    inputs_of,
     load_pipeline,
-    read_prompts,
     sampling,
     show_warnings_in_one_line,
+    size,
     table,
 )
 from arsd.errors import InputError
@@ -24,14 +26,11 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("generate", help="make pictures", description=__doc__)
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
-    parser.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line")
+    add_input_options(parser)
     parser.add_argument(
         "--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)"
     )
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
-    parser.add_argument("--class-label", type=int, action="append", default=[], help="for class models, instead of a prompt")
-    parser.add_argument("--height", type=int, help="pixels, for models of several sizes")
-    parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--image", metavar="FILE", help="a picture to be continued: its upper part is kept")
     parser.add_argument("--strength", type=float, default=0.5, help="share of --image that is made anew (default: 0.5)")
     add_sampling_options(parser)
@@ -46,19 +45,6 @@ def add_parser(commands: Any) -> None:
 def slug(prompt: str) -> str:
     """A file name for a prompt: letters, digits and dashes, at most 60."""
     return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
-
-
-def inputs_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is painted: ``{"prompt": text}`` or ``{"class_labels": number}`` each.
-
-    Raises:
-        InputError: when there is nothing, or both.
-    """
-    if not arguments.class_label:
-        return [{"prompt": text} for text in read_prompts(arguments.prompt, arguments.prompts)]
-    if arguments.prompt or arguments.prompts:
-        raise InputError("give prompts or --class-label, not both")
-    return [{"class_labels": label} for label in arguments.class_label]
 
 
 def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
@@ -94,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [path for paths in plan for path in paths if path.exists()]
     if taken and not arguments.overwrite:
         raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
-    options = {"num_images_per_prompt": arguments.n, "height": arguments.height, "width": arguments.width}
-    options |= sampling(arguments)
+    options = {"num_images_per_prompt": arguments.n, **size(arguments), **sampling(arguments)}
     if arguments.image is not None:
         options |= {"image": open_picture(arguments.image), "strength": arguments.strength}
     out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     shipped = _shipped()
     if arguments.json:
-        print(json.dumps({"shipped": shipped, "families": [asdict(family) for family in FAMILIES]}))
+        rows = [{**row, "shipped": True} for row in shipped]
+        print(json.dumps(rows + [{**asdict(family), "shipped": False} for family in FAMILIES]))
         return 0
     print("In the package:\n")
     print(table(["name", "pipeline", "MB", "model hash"], [[*row.values()] for row in shipped]))

@@ -70,9 +70,8 @@ def profile_inputs(pipe: Any, arguments: argparse.Namespace) -> list[Any]:
     """The given prompts; else class labels, or a few words that the shipped model knows."""
     if arguments.prompt or arguments.prompts:
         return list(read_prompts(arguments.prompt, arguments.prompts))
-    config = pipe.transformer.config
-    if config["condition"] == "class":
-        return [label % int(config["num_classes"]) for label in range(8)]
+    if pipe.takes_classes:
+        return [label % int(pipe.transformer.config["num_classes"]) for label in range(8)]
     return list(PROMPTS)
 
 

@@ -82,11 +82,9 @@ def find_kind(folder: str | Path) -> str | None:
     keys = _weight_map(folder)
     if any(key.startswith(_ENCODER) for key in keys):
         return "anole" if any(key.startswith(_DECODER) for key in keys) else "chameleon"
-    words, size = config.get("vocabulary_map") or {}, config.get("vocab_size")
-    if any(word.startswith("IMGIMG") for word in words):
-        return "lumina-mgpt"
-    second = any(word.startswith("<MOVQGAN") for word in words) or (isinstance(size, int) and size > _CODE_0)
-    return "lumina-mgpt-2" if second else "lumina-mgpt"
+    words, size = config.get("vocabulary_map"), config.get("vocab_size")
+    named = isinstance(words, dict) and any(word.startswith("<MOVQGAN") for word in words)
+    return "lumina-mgpt-2" if named or (isinstance(size, int) and size > _CODE_0) else "lumina-mgpt"
 
 
 def load_chameleon(folder: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> ChameleonForImageGeneration:

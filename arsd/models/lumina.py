@@ -48,13 +48,20 @@ class LuminaProtocol(TokenProtocol):
         factor: pixels per code along one side: 16 in version 1, 8 in version 2.
         size: side of the square picture that the model was trained on (512, 768 or 1024).
         sampling: sampling options; those of the version when ``None``.
+        first_code: the id of code 0, where the tokenizer has no words for codes.
 
     Raises:
         CheckpointError: when the tokenizer is another model's, or has another number of codes.
     """
 
     def __init__(
-        self, tokenizer: Any, codes: int, factor: int, size: int = 768, sampling: dict[str, float] | None = None
+        self,
+        tokenizer: Any,
+        codes: int,
+        factor: int,
+        size: int = 768,
+        sampling: dict[str, float] | None = None,
+        first_code: int = FIRST_CODE,
     ) -> None:
         self.tokenizer, self.factor, self.size = tokenizer, factor, size
         if PATCH % factor or size < PATCH:
@@ -62,7 +69,7 @@ class LuminaProtocol(TokenProtocol):
         self._begin, end, line, self._turn = word_ids(tokenizer, (BEGIN, END, END_OF_LINE, END_OF_TURN))
         self.mark_ids = {"end_of_line": line, "end": end}
         named = chameleon_code_ids(tokenizer)
-        self.code_ids = torch.arange(FIRST_CODE, FIRST_CODE + codes) if named is None else named
+        self.code_ids = torch.arange(first_code, first_code + codes) if named is None else named
         if len(self.code_ids) != codes:
             raise CheckpointError(f"the text tokenizer has {len(self.code_ids)} codes, the image tokenizer {codes}")
         self.sampling = sampling or {"guidance_scale": 4.0, "top_k": 4096 if named is None else 2000, "temperature": 1.0}
