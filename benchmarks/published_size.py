@@ -3,8 +3,8 @@
 Writes Lumina-mGPT 7B (or fewer layers) in the layout of the hub, loads it while it watches how much memory is its own
 (anonymous, not pages of the file), and decodes the beginning of a picture with plain AR and SJD.
 
-    python benchmarks/published_size.py --folder /tmp/lumina-7b            # 14 GB of disk, 20 GB of memory
-    python benchmarks/published_size.py --folder /tmp/lumina-7b --layers 4  # a small rehearsal
+    python benchmarks/published_size.py --folder lumina-7b            # 14 GB of disk, 20 GB of memory
+    python benchmarks/published_size.py --folder lumina-7b --layers 4  # a small rehearsal
 
 Random weights say nothing about tokens per pass; the passes of both strategies are counted only to show the shapes.
 """

@@ -133,9 +133,7 @@ def recognise(path: str | Path) -> str:
     if held:
         listed = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
         raise CheckpointError(f"{path} holds several weight files or unknown ones ({listed}): give one of them, with vq=...")
-    raise CheckpointError(
-        f"{path} holds no model that arsd knows (no model_index.json, no known config.json): see arsd models"
-    )
+    raise CheckpointError(f"{path} has no model_index.json and no other files of a model that arsd knows: see arsd models")
 
 
 def _pipeline_of(index: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import arsd
 from arsd.decoding.laws import LawConfig, Laws
 from arsd.errors import ArsdError
+from arsd.models.lumina import trained_sizes
 from arsd.models.token_images import CodeHead
 from arsd.pipelines.families import FAMILIES, pipeline_for, recognise
 from arsd.pipelines.outputs import Conditions, to_output
@@ -101,6 +102,40 @@ def test_the_rows_of_the_codes_are_what_the_whole_head_says_of_them():
         torch.testing.assert_close(found[..., :-2], head(hidden)[..., ids])
         assert found.shape[-1] == len(ids) + 2 and not found[..., -2:].any()
     assert CodeHead(head, torch.arange(7, 19), 0, torch.device("cpu")).rows.data_ptr() == head.weight[7].data_ptr()  # a view
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_both_streams_are_upstreams(samples, kind):
+    """Word by word, from the published templates; the height comes before the width, and the null stream has no words."""
+    pipe = samples.pipe(kind)
+    names = pipe.tokenizer.get_vocab()
+    words = {letter: names["Ġ" if letter == " " else "Ċ" if letter == "\n" else letter] for letter in "aGxc 0123456789:\n"}
+    begin, turn = names["<racm3:break>"], names["<reserved08706>"]
+    if kind.startswith("lumina"):
+        text = "Generate an image of 96x64 according to the following prompt:\na cat"
+        size = [begin, names["<reserved08802>"], names["<reserved08803>"]]
+        first = names["<|endoftext|>"] if kind.endswith("2") else names["<s>"]
+        expected, null = [first, turn, *size], size
+        found, nothing = pipe.protocol.prompt_ids("a cat", 64, 96), pipe.protocol.null_ids(64, 96)
+    else:
+        text, first = "a cat", names["<s>"]
+        expected, null = [first, turn, begin], [first, begin]
+        found, nothing = pipe.protocol.prompt_ids("a cat", 64, 64), pipe.protocol.null_ids(64, 64)
+    between = found[1 : 1 + len(text)]
+    assert pipe.tokenizer.decode(between) == text and len(between) == len(text)  # one id for each letter here
+    assert between[text.index("a")] == words["a"] and between[-4] == words[" "]
+    assert [*found[:1], *found[1 + len(text) :]] == expected and nothing == null
+
+
+@pytest.mark.parametrize(("side", "count"), [(512, 49), (768, 73), (1024, 97)])
+def test_trained_sizes_keep_the_area_and_the_ratio(side, count):
+    """As many as upstream's own list has, which these were once compared with one by one."""
+    found = trained_sizes(side)
+    assert len(found) == len(set(found)) == count and (side, side) in found
+    for height, width in found:
+        assert height % 32 == width % 32 == 0 and max(height, width) <= 4 * min(height, width)
+        assert height * width <= side * side
+    assert {(side // 2, 2 * side), (2 * side, side // 2)} <= set(found)
 
 
 # ----------------------------------------------------------------------------------------------------- seed-exact, legal
