@@ -28,7 +28,7 @@ from arsd.devices import bring_back, device_kind, dtype_name, in_use
 from arsd.errors import InputError, StrategyError
 from arsd.models.raster import Raster
 from arsd.pipelines.outputs import OUTPUT_TYPES, ARPipelineOutput, Conditions, Generators, noise_keys, to_output
-from arsd.pipelines.prefix import encode_beginnings
+from arsd.pipelines.prefix import encode_beginnings, encode_pictures
 from arsd.pipelines.provable import Provable
 from arsd.profile import find_profile
 
@@ -117,6 +117,21 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """Tokens [B, N] to pictures [B, 3, H, W] in [-1, 1]; one by one, so that a picture never depends on the others."""
         with in_use(self.vq):
             return torch.cat([self.vq.decode(codes[None]) for codes in (raster or self.make_raster()).to_codes(tokens)])
+
+    @torch.no_grad()
+    def encode_image(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Pictures to tokens [n, N], marks included: what :meth:`decode_pixels` undoes as well as the tokenizer can.
+
+        Args:
+            image: one or several, as PIL pictures, arrays or tensors in [0, 1].
+            height: pixels that they are scaled and cropped to; the model's own size or ``None``.
+            width: likewise.
+
+        Raises:
+            InputError: for what is no picture, or a size that the model does not have.
+        """
+        with in_use(self.vq):
+            return encode_pictures(self.vq, image, self.make_raster(height, width))
 
     @property
     def interrupt(self) -> bool:

@@ -41,6 +41,22 @@ def to_pixels(image: Any, height: int, width: int, factor: int) -> Tensor:
     return pixels
 
 
+def encode_pictures(vq: Any, image: Any, raster: Raster) -> Tensor:
+    """Tokens [n, N] of pictures, marks included; each by itself, so that a picture never depends on the others.
+
+    Args:
+        vq: image tokenizer.
+        image: see :func:`to_pixels`.
+        raster: what size the pictures get.
+
+    Raises:
+        InputError: for what is no picture.
+    """
+    factor = vq.downsample_factor
+    pixels = to_pixels(image, raster.rows * factor, raster.columns * factor, factor).to(vq.device, vq.dtype)
+    return raster.from_codes(torch.cat([vq.encode(one[None]) for one in pixels]))
+
+
 def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prompts: int, per_prompt: int) -> Tensor | None:
     """Tokens [prompts * per_prompt, F] of the rows that are kept of ``image``; ``None`` where that is nothing.
 
@@ -56,16 +72,13 @@ def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prom
         InputError: for pictures or numbers that do not fit.
     """
     rows = kept_rows(strength, raster.rows)
-    factor = vq.downsample_factor
-    pixels = to_pixels(image, raster.rows * factor, raster.columns * factor, factor)
-    if len(pixels) not in (1, prompts):
-        raise InputError(f"got {len(pixels)} pictures for {prompts} prompts: give one, or one for each")
+    tokens = encode_pictures(vq, image, raster)
+    if len(tokens) not in (1, prompts):
+        raise InputError(f"got {len(tokens)} pictures for {prompts} prompts: give one, or one for each")
     if not rows:
         return None
-    pixels = pixels.to(vq.device, vq.dtype)
-    codes = torch.cat([vq.encode(one[None]) for one in pixels])  # one by one: a picture must not depend on the others
-    tokens = raster.from_codes(codes)[:, : rows * raster.row_length]
-    return tokens.expand(prompts, -1).repeat_interleave(per_prompt, dim=0).contiguous()
+    kept = tokens[:, : rows * raster.row_length]
+    return kept.expand(prompts, -1).repeat_interleave(per_prompt, dim=0).contiguous()
 
 
 def _is_pil(image: Any) -> bool:

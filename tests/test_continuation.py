@@ -193,6 +193,19 @@ def test_families_with_marks_keep_whole_lines(samples, kind, size):
     assert torch.equal(raster.from_codes(out.images), out.tokens)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("lumina-mgpt", (64, 96)), ("anole", (64, 64))])
+def test_pictures_become_tokens_and_tokens_pictures(samples, kind, size):
+    """The codes are the tokenizer's own, the marks stand where they belong, and what is decoded is encoded alike."""
+    pipe, images = samples.pipe(kind), [picture(size[0], seed, size[1]) for seed in (1, 2)]
+    tokens = pipe.encode_image(images, *size)
+    raster = pipe.make_raster(*size)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).double() / 127.5 - 1
+    assert torch.equal(raster.to_codes(tokens), pipe.vq.encode(pixels))
+    assert all((tokens[:, n] == mark).all() for n, mark in raster.forced.items())
+    painted = pipe.to_pil(tokens, raster)
+    assert [image.size for image in painted] == [(size[1], size[0])] * 2
+
+
 def test_a_continuation_is_verified_and_its_beginning_cannot_be_exchanged(tmp_path):
     pipe: Any = arsd.AutoARPipeline.from_pretrained(text_saved(tmp_path))
     pipe.set_progress_bar_config(disable=True)
