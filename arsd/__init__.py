@@ -21,6 +21,7 @@ _LAZY = {
     "CoolSD": "arsd.decoding.relaxed_strategies",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
+    "GenerateFnOutput": "arsd.generation",
     "GroupedSD": "arsd.decoding.relaxed_strategies",
     "Hybrid": "arsd.decoding.model_strategies",
     "Lantern": "arsd.decoding.relaxed_strategies",
@@ -34,6 +35,7 @@ _LAZY = {
     "Speculative": "arsd.decoding.speculative",
     "VQGANTokenizer": "arsd.tokenizers.vqgan",
     "VQTokenizer": "arsd.tokenizers.vq",
+    "generate_fn": "arsd.generation",
     "parse_strategy": "arsd.decoding.strategies",
     "save_png": "arsd.provenance",
     "register_drafter": "arsd.decoding.registry",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
     from arsd.errors import ArsdError
+    from arsd.generation import GenerateFnOutput, generate_fn
     from arsd.models.eagle import EagleDrafter
     from arsd.models.llamagen import LlamaGenTransformer
     from arsd.pipelines.anole import AnolePipeline
