@@ -1,6 +1,6 @@
 """A sheet of continued pictures: the upper half of a picture is kept, the lower half is drawn for another prompt.
 
-    python benchmarks/continuation_sheet.py --out docs/images/continuation.png
+python benchmarks/continuation_sheet.py --out docs/images/continuation.png
 """
 
 from __future__ import annotations
