@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from arsd.errors import ArsdError, CheckpointError
+from arsd.errors import CheckpointError, InputError
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.families import PIPELINES, pipeline_for, recognise
 
@@ -81,7 +81,7 @@ class AutoARPipeline:
         load = pipeline.from_single_file if kind == "llamagen" else pipeline.from_pretrained
         try:
             return load(str(path), dtype=dtype, **components)
-        except ArsdError:
+        except (CheckpointError, InputError):
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"could not load {path}: {' '.join(str(error).split())[:300]}") from error

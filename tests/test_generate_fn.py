@@ -14,7 +14,6 @@ from transformers.generation import logits_process as hf
 from arsd.decoding import SJD
 from arsd.generation import GenerateFnOutput, generate_fn
 
-transformers.logging.set_verbosity_error()
 VOCAB, NEW, IDS = 48, 24, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, **IDS}
@@ -38,6 +37,15 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SINGLE = {"llama eager", "gemma2", "mixtral"}  # transformers' own eager attention gives NaN for padded rows in float64
 IMAGE_WORDS = {f"IMGIMG{chr(65 + n)}Z": 8 + n for n in range(16)}  # the ids 8 .. 23 are codes of pictures
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """transformers warns of every option that greedy decoding does not use; the level is put back."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
 
 
 def peaked(model: Any) -> Any:
