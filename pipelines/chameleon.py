@@ -36,7 +36,7 @@ class ChameleonPipeline(TokenImagePipeline):
         """Load a published folder, or one that ``save_pretrained`` wrote.
 
         Args:
-            folder: a local folder (see :class:`arsd.AutoARPipeline` for names and hub ids).
+            folder: a local folder, or a hub id.
             vq: the image tokenizer, where it is not beside the weights: its published file, or an object.
             dtype: of all weights; by default that of the files.
             image_size: side of a square picture; by default what the folder's name says (512, 768, 1024), else the family's.
@@ -46,7 +46,9 @@ class ChameleonPipeline(TokenImagePipeline):
         Raises:
             CheckpointError: for a folder of another kind, missing or damaged files, or a tokenizer that does not fit.
         """
-        folder = Path(folder)
+        from arsd.pipelines.auto import find_model
+
+        folder = find_model(folder)
         if (folder / "model_index.json").is_file():
             if vq is not None:
                 options["vq"] = _tokenizer(vq, dtype)

@@ -73,7 +73,7 @@ FAMILIES = (
         "LuminaMGPTPipeline",
         "hub folder + movqgan_270M.ckpt (ai-forever/MoVQGAN)",
         "sizes in steps of 32 px, continuation, device maps",
-        f"{_RANDOM}; the ids of codes are upstream's constant",
+        f"{_RANDOM}; logits against an independent forward; where codes begin as config.json or upstream's code says",
     ),
     Family(
         "anole",

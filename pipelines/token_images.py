@@ -24,6 +24,7 @@ from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
 from arsd.pipelines.outputs import Conditions, check_count, check_prompts, with_given
 from arsd.pipelines.prefix import to_pixels
 
+MOST_SLOTS = 1 << 16
 SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
 
 
@@ -131,7 +132,12 @@ class TokenImagePipeline(ARImagePipeline):
 
         Streams and prompts of different lengths are padded on the left to a common number of slots, a multiple of
         :data:`SLOTS`, or to ``slots`` if that is more; every stream begins at position 0.
+
+        Raises:
+            InputError: for inputs that the model cannot work with.
         """
+        if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or not 0 < slots <= MOST_SLOTS):
+            raise InputError(f"slots must be a whole number in 1..{MOST_SLOTS}, not {slots!r}")
         size = self._size(height, width)
         raster, device = self.protocol.raster(*size), self._execution_device
         images = [] if prompt_images is None else self._codes_of(prompt_images)

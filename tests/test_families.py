@@ -19,6 +19,7 @@ from arsd.models.lumina import trained_sizes
 from arsd.models.token_images import CodeHead
 from arsd.pipelines.families import FAMILIES, pipeline_for, recognise
 from arsd.pipelines.outputs import Conditions, to_output
+from arsd.shapes import study_shape
 
 CODES = 32
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no size that")
@@ -152,6 +153,29 @@ def test_sjd_gives_the_tokens_of_plain_ar(samples, kind, window):
         assert out.stats.forward_passes < plain.stats.forward_passes == plain.tokens.shape[1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_guidance_there_is_one_stream(samples, kind):
+    sample, pipe = samples.sample(kind), samples.pipe(kind)
+    assert len(pipe.encode_inputs(PROMPTS, guided=False, **size_of(sample)).condition) == 1
+    plain = drawn(pipe, sample, guidance_scale=1.0)
+    assert torch.equal(plain.tokens, drawn(pipe, sample, "sjd:window=7", guidance_scale=1.0).tokens)
+    assert not torch.equal(plain.tokens, drawn(pipe, sample, guidance_scale=3.0).tokens)
+
+
+@pytest.mark.parametrize("kind", ["lumina-mgpt", "lumina-mgpt-2", "anole"])
+def test_in_the_dtype_of_the_files_pass_shapes_decide(samples, kind):
+    """bfloat16, as published: plain AR in passes of the same shape gives SJD's tokens, where the kernels let it."""
+    sample = samples.sample(kind)
+    pipe = sample.load(dtype=None)
+    assert pipe.transformer.dtype == torch.bfloat16
+    plain = drawn(pipe, sample, "ar:pass_tokens=16")
+    target = pipe.target_maker(pipe.encode_inputs([PROMPTS[0]] * 2, **size_of(sample)))(16, 2)
+    if not study_shape(target, plain.tokens[0], 16, [5, 12]).holds:
+        pytest.skip("passes of this shape round differently in different places on this machine")
+    for decoder in ("sjd:window=16", "sjd:window=5,pass_tokens=16"):
+        assert torch.equal(drawn(pipe, sample, decoder).tokens, plain.tokens)
+
+
 @pytest.mark.parametrize("kind", ["lumina-mgpt", "anole"])
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(samples, kind):
     sample, pipe = samples.sample(kind), samples.pipe(kind)
@@ -228,9 +252,10 @@ def test_a_picture_is_verified_and_a_forged_one_refuted(samples, kind, tmp_path)
     forged = pipe.record(out, 0) | {"noise_seed": 9}
     arsd.save_png(out.images[0], tmp_path / "forged.png", forged)
     assert pipe.verify(tmp_path / "forged.png").result == "refuted"
-    for changed in ({"height": 33}, {"width": "x"}, {"slots": -3}, {"given_tokens": 10_000}, {"height": 320}):
+    sizes: list[dict[str, Any]] = [{"height": 33}, {"width": "x"}, {"height": 320}, {"given_tokens": 10_000}]
+    for changed in [*sizes, {"slots": -3}, {"slots": 10**12}, {"slots": "many"}]:
         arsd.save_png(out.images[0], tmp_path / "odd.png", pipe.record(out, 0) | changed, overwrite=True)
-        assert pipe.verify(tmp_path / "odd.png").result in ("refuted", "unknown") or "slots" in changed
+        assert pipe.verify(tmp_path / "odd.png").result in ("refuted", "unknown")
 
 
 # ------------------------------------------------------------------------------------------------ recognition, the table
