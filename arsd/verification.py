@@ -47,6 +47,7 @@ class Verification:
         near_ties: tokens that are not the arg-max here, but within the margin that other arithmetic explains.
         pixels_match: whether the decoded tokens are the picture.
         forward_passes: what it took.
+        given_tokens: tokens that the picture began with: of them nothing is proven but that they are these.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Verification:
     near_ties: int = 0
     pixels_match: bool | None = None
     forward_passes: int = 0
+    given_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -115,6 +117,8 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, f"it was made by {named}, which is another model than the one at hand"
     if "prompt" not in record and "class_label" not in record:
         return UNKNOWN, "it was made from features that the record does not hold"
+    if record.get("prompt_images"):
+        return UNKNOWN, "its prompt held pictures, which the record does not"
     if record.get("dtype") != dtype_name(pipe):
         return UNKNOWN, f"it was made in {record.get('dtype')}: load the model in that dtype"
     try:
@@ -155,7 +159,7 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
     device, raster = conditions.condition.device, conditions.raster
     noise = CounterNoise([c.record["noise_seed"] for c in filled], [c.record["image_index"] for c in filled], device)
     replay = Replay(torch.stack([c.tokens for c in filled]).to(device), MARGINS[dtype])
-    if first := filled[0].record.get("given_tokens"):
+    if first := int(filled[0].record.get("given_tokens") or 0):
         conditions.given = replay.tokens[:, :first]
     grammar = pipe.make_grammar(raster)
     with in_use(pipe.transformer):
@@ -170,22 +174,26 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
         exact = case.record.get("probe") == probe
         flips, hard = int(replay.flips[b].sum()), int((replay.gaps[b] > MARGINS[dtype]).sum())
         pixels = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
-        results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes))
+        results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes, first, raster.num_tokens))
     return results
 
 
-def _verdict(exact: bool, flips: int, hard: int, allowed: int, pixels: bool, passes: int) -> Verification:
+def _verdict(
+    exact: bool, flips: int, hard: int, allowed: int, pixels: bool, passes: int, given: int, total: int
+) -> Verification:
     """What the figures of one picture say; with the same arithmetic nothing may differ at all."""
     near = 0 if exact else flips - hard
     mismatches = flips if exact else hard
-    result, reason = VERIFIED, "it is the plain AR sample of its seed" + ("" if exact else ", up to rounding")
+    what = f"the last {total - given} of its {total} tokens are" if given else "it is"
+    reason = f"{what} the plain AR sample of its seed" + (" behind a given beginning" if given else "")
+    result, reason = VERIFIED, reason + ("" if exact else ", up to rounding")
     if mismatches:
         result, reason = REFUTED, f"{mismatches} of its tokens are not what its seed gives"
     elif near > allowed:
         result, reason = REFUTED, f"{near} near-ties went the other way, more than other arithmetic explains ({allowed})"
     elif not pixels:
         result, reason = REFUTED, "its pixels are not what its tokens decode to"
-    return Verification("", result, reason, exact, mismatches, near, pixels, passes)
+    return Verification("", result, reason, exact, mismatches, near, pixels, passes, given)
 
 
 def _same_pixels(image: Image.Image, decoded: Tensor, levels: int) -> bool:

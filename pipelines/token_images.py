@@ -156,6 +156,7 @@ class TokenImagePipeline(ARImagePipeline):
         with in_use(model or self.transformer):
             condition = self._embed(model or self.transformer)(table)
         made_of = {"height": size[0], "width": size[1], "slots": longest} | with_given(given)
+        made_of |= {"prompt_images": len(images)} if images else {}
         inputs = [{"prompt": text} | made_of for text in prompts for _ in range(num_images_per_prompt)]
         return Conditions(condition, padding, inputs, raster, None if given is None else given.to(device), table)
 

@@ -213,7 +213,12 @@ def test_a_continuation_is_verified_and_its_beginning_cannot_be_exchanged(tmp_pa
     record = pipe.record(out, 0)
     assert record["given_tokens"] == TOKENS // 2
     arsd.save_png(out.images[0], tmp_path / "a.png", record)
-    assert pipe.verify(tmp_path / "a.png").result == "verified"
+    found = pipe.verify(tmp_path / "a.png")
+    assert (found.result, found.given_tokens) == ("verified", TOKENS // 2)
+    assert "the last 8 of its 16 tokens" in found.reason and "given beginning" in found.reason  # of the rest nothing is said
+    whole = pipe("red apple", generator=seeded(1), decoder="sjd:window=4")
+    arsd.save_png(whole.images[0], tmp_path / "whole.png", pipe.record(whole, 0))
+    assert "given" not in pipe.verify(tmp_path / "whole.png").reason
     arsd.save_png(out.images[0], tmp_path / "b.png", record | {"given_tokens": 0})
     assert pipe.verify(tmp_path / "b.png").result == "refuted"
     for damaged in (-1, TOKENS, 2.5, True):

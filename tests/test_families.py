@@ -381,7 +381,7 @@ def test_bad_inputs_are_answered_in_one_line(samples, kind, call, says):
     one_clear_line(error.value, says)
 
 
-def test_pictures_of_a_prompt_make_a_third_stream(samples):
+def test_pictures_of_a_prompt_make_a_third_stream(samples, tmp_path):
     """The law of the first token is u + 1.2 (i - u) + 3 (c - i), with the streams that upstream feeds."""
     pipe, sample = samples.pipe("anole"), samples.sample("anole")
     images = torch.rand(2, 3, 64, 64, generator=seeded(4), dtype=torch.float64)
@@ -402,6 +402,9 @@ def test_pictures_of_a_prompt_make_a_third_stream(samples):
     torch.testing.assert_close(out.log_probs[0, 0].double(), chosen, atol=1e-5, rtol=0)
     plain = pipe(**call, generator=seeded(1), decoder="ar")
     assert torch.equal(out.tokens, plain.tokens)
+    arsd.save_png(plain.images[0], tmp_path / "a.png", pipe.record(plain, 0))
+    found = pipe.verify(tmp_path / "a.png")  # the record does not hold the pictures of the prompt
+    assert found.result == "unknown" and "prompt held pictures" in found.reason
 
 
 def test_the_law_of_a_guided_code_excludes_marks(samples):

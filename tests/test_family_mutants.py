@@ -121,12 +121,12 @@ def test_an_interval_that_ends_one_token_early(files, monkeypatch):
     caught(check, files, 3)
 
 
-def test_a_third_stream_that_is_mixed_the_other_way(samples, monkeypatch):
-    test_families.test_pictures_of_a_prompt_make_a_third_stream(samples)
+def test_a_third_stream_that_is_mixed_the_other_way(samples, monkeypatch, tmp_path):
+    test_families.test_pictures_of_a_prompt_make_a_third_stream(samples, tmp_path)
 
     def mixed(self: Any, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         c, i, u = logits
         return u + self.config.guidance_scale * (i - u) + self.config.image_guidance_scale * (c - i)
 
     monkeypatch.setattr(laws.Laws, "_guide", mixed)
-    caught(test_families.test_pictures_of_a_prompt_make_a_third_stream, samples)
+    caught(test_families.test_pictures_of_a_prompt_make_a_third_stream, samples, tmp_path)
