@@ -329,7 +329,8 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             progress: show a progress bar.
             on_picture: called with the number of each picture as it is finished, and with an output of this picture alone,
                 while others of a queue are still being decoded. Its stats have passes, but no seconds.
-            image: a picture that is continued, or one for each prompt: its upper part is kept, token for token.
+            image: a picture that is continued, or one for each prompt: its upper part is kept, token for token. Codes
+                [n, r, w] (whole numbers) are r rows that are kept.
             strength: which share of ``image`` is made anew, from the bottom up: 0.5 keeps the upper half.
             prompt_images: pictures that every prompt speaks of (Anole).
             image_guidance_scale: r of ``u + r (i - u) + s (c - i)``, where there are ``prompt_images``.

@@ -11,9 +11,9 @@ from arsd.pipelines.chameleon import ChameleonPipeline
 class LuminaMGPTPipeline(ChameleonPipeline):
     """Lumina-mGPT 7B and 34B, and 2.0, from their published folders.
 
-    ``height`` and ``width`` are multiples of 32 (see :func:`arsd.models.lumina.trained_sizes`). With ``image`` and
-    ``strength`` the rest of a picture is generated; with Lumina-mGPT 2.0 Omni that is also how its image-to-image tasks
-    work: the given picture is the upper half of one that is twice as high.
+    ``height`` and ``width`` are multiples of 32 (see :func:`arsd.models.lumina.trained_sizes`). A prompt that already is an
+    instruction as the models were trained on (:data:`arsd.models.lumina.INSTRUCTION`) is taken as it is: so the image-to-image
+    tasks of 2.0 Omni are a dual-panel instruction with the codes of the upper panel as ``image``.
     """
 
     protocol_class = LuminaProtocol

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prom
 
     Args:
         vq: image tokenizer.
-        image: one picture for all prompts, or one for each.
-        strength: share of the rows that are made anew, from the bottom up.
+        image: one picture for all prompts, or one for each; or codes [n, r, w] of the rows that are kept.
+        strength: share of the rows that are made anew, from the bottom up; of codes all are kept.
         raster: of the pictures that are made.
         prompts: how many.
         per_prompt: pictures of each.
@@ -71,14 +72,26 @@ def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prom
     Raises:
         InputError: for pictures or numbers that do not fit.
     """
-    rows = kept_rows(strength, raster.rows)
-    tokens = encode_pictures(vq, image, raster)
+    if isinstance(image, Tensor) and not image.is_floating_point():
+        rows, tokens = image.shape[1] if image.ndim == 3 else 0, _of_codes(image, raster)
+    else:
+        rows, tokens = kept_rows(strength, raster.rows), encode_pictures(vq, image, raster)
     if len(tokens) not in (1, prompts):
         raise InputError(f"got {len(tokens)} pictures for {prompts} prompts: give one, or one for each")
     if not rows:
         return None
     kept = tokens[:, : rows * raster.row_length]
     return kept.expand(prompts, -1).repeat_interleave(per_prompt, dim=0).contiguous()
+
+
+def _of_codes(codes: Tensor, raster: Raster) -> Tensor:
+    shape = tuple(codes.shape)
+    if codes.ndim != 3 or not len(codes) or not 0 < shape[1] < raster.rows or shape[2] != raster.columns:
+        wanted = f"[n, 1..{raster.rows - 1}, {raster.columns}]"
+        raise InputError(f"image holds codes of shape {shape}: give {wanted}, or pixels in [0, 1] as floating point")
+    if int(codes.min()) < 0 or int(codes.max()) >= raster.codes:
+        raise InputError(f"image holds codes outside 0..{raster.codes - 1}")
+    return replace(raster, rows=shape[1], tail=()).from_codes(codes.long())
 
 
 def _is_pil(image: Any) -> bool:

@@ -114,6 +114,33 @@ def test_one_picture_for_all_prompts_or_one_for_each(tiny):
         assert torch.equal(run(tiny, "sjd", image=given, num_images_per_prompt=2).tokens, each.tokens)
 
 
+def test_codes_of_rows_are_kept_as_they_are(tiny):
+    pipe, _ = tiny
+    codes = pipe.vq.encode(2 * torch.rand(2, 3, 8, 8, generator=seeded(3), dtype=torch.float64) - 1)
+    whole = [Image.fromarray(np.uint8(255 * np.ones((8, 8, 3))))] * 2
+    for rows in (1, 3):
+        out = run(tiny, "sjd:window=5", image=codes[:, :rows], strength=0.1)
+        assert torch.equal(out.images[:, :rows], codes[:, :rows]) and out.inputs[0]["given_tokens"] == rows * GRID
+        assert torch.equal(out.tokens, run(tiny, "ar", image=codes[:, :rows]).tokens)
+    one = run(tiny, "ar", image=codes[:1, :2])
+    assert torch.equal(one.images[:, :2], codes[:1, :2].expand(2, -1, -1))
+    assert run(tiny, "ar", image=whole).tokens.shape == one.tokens.shape
+
+
+def test_lumina_continues_the_upper_panel_of_a_dual_one_and_takes_its_instruction(samples):
+    """The panel is encoded by itself, as upstream does; the instruction is not wrapped in another."""
+    pipe = samples.pipe("lumina-mgpt-2")
+    panel = pipe.make_raster(32, 64).to_codes(pipe.encode_image(picture(32, 5, 64), 32, 64))
+    text = "Generate a dual-panel image of 64x64 where the <lower half> displays a <depth map>:\n"
+    call = {"prompt": text, "image": panel, "height": 64, "width": 64, "output_type": "latent"}
+    out = pipe(**call, generator=seeded(1), decoder="sjd:window=12")
+    assert torch.equal(out.images[:, :4], panel) and out.images.shape == (1, 8, 8)
+    assert torch.equal(out.tokens, pipe(**call, generator=seeded(1), decoder="ar").tokens)
+    words = pipe.protocol.prompt_ids(text, 64, 64)
+    assert pipe.tokenizer.decode(words[1 : 1 + len(text)]) == text
+    assert len(pipe.protocol.prompt_ids("a cat", 64, 64)) > len("a cat") + 40
+
+
 def test_a_picture_of_another_shape_is_cropped_around_its_centre(tiny):
     pixels = np.asarray(picture(8))
     wide = Image.fromarray(
@@ -131,6 +158,11 @@ def test_a_picture_of_another_shape_is_cropped_around_its_centre(tiny):
         ({"image": []}, "image"),
         ({"image": [picture()] * 3}, "3 pictures for 2 prompts"),
         ({"image": np.zeros((2, 2))}, "image"),
+        ({"image": torch.zeros(2, 4, 4, dtype=torch.long)}, "codes of shape"),
+        ({"image": torch.zeros(2, 2, 5, dtype=torch.long)}, "codes of shape"),
+        ({"image": torch.zeros(4, 4, dtype=torch.long)}, "codes of shape"),
+        ({"image": torch.full((2, 2, 4), 99)}, "codes outside"),
+        ({"image": torch.zeros(3, 2, 4, dtype=torch.long)}, "3 pictures for 2 prompts"),
         ({"image": picture(), "strength": 0}, "strength"),
         ({"image": picture(), "strength": 1.5}, "strength"),
         ({"image": picture(), "strength": "half"}, "strength"),

@@ -6,6 +6,7 @@ models were trained to write the first three themselves; here they follow from t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from arsd.models.token_images import TokenProtocol, chameleon_code_ids, word_ids
 
 BEGIN, END, END_OF_LINE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08799>", "<reserved08706>"
 PATCH = 32  # pixels along the side of the patches that a size is told in
+INSTRUCTION = re.compile(r"Generate an? (dual-panel )?image of \d+x\d+ ")  # as the models were trained on
 FIRST_CODE = 155000  # Lumina-mGPT 2.0: the id of code 0; its tokenizer has no words for codes
 
 
@@ -93,10 +95,11 @@ class LuminaProtocol(TokenProtocol):
         return f"{height} x {width} is no size that a {self.size} x {self.size} model was trained on"
 
     def prompt_ids(self, prompt: str, height: int, width: int, images: Sequence[Tensor] = ()) -> list[int]:
-        """See :class:`TokenProtocol`."""
+        """See :class:`TokenProtocol`; a prompt that is an instruction already (:data:`INSTRUCTION`) is taken as it is."""
         if images:
             return self.image_only_ids(height, width, images)
         text = f"Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
+        text = prompt if INSTRUCTION.match(prompt) else text
         words = self.tokenizer.encode(text, add_special_tokens=False)
         return [*self._first, *words, self._turn, *self.null_ids(height, width)]
 
