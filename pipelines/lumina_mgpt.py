@@ -12,8 +12,8 @@ class LuminaMGPTPipeline(ChameleonPipeline):
     """Lumina-mGPT 7B and 34B, and 2.0, from their published folders.
 
     ``height`` and ``width`` are multiples of 32 (see :func:`arsd.models.lumina.trained_sizes`). A prompt that already is an
-    instruction as the models were trained on (:data:`arsd.models.lumina.INSTRUCTION`) is taken as it is: so the image-to-image
-    tasks of 2.0 Omni are a dual-panel instruction with the codes of the upper panel as ``image``.
+    instruction as the models were trained on (:data:`arsd.models.lumina.INSTRUCTION`) is taken as it is. So the tasks of
+    2.0 Omni are a dual-panel instruction with the codes of the upper panel as ``image``.
     """
 
     protocol_class = LuminaProtocol
