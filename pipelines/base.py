@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from arsd.decoding import (
-    Autoregressive,
     CounterNoise,
     DecodeRequest,
     DecodingStrategy,
@@ -25,14 +24,13 @@ from arsd.decoding import (
 )
 from arsd.decoding.types import DraftModel
 from arsd.devices import bring_back, device_kind, dtype_name, in_use
-from arsd.errors import InputError, StrategyError
 from arsd.models.raster import Raster
-from arsd.pipelines.outputs import OUTPUT_TYPES, ARPipelineOutput, Conditions, Generators, noise_keys, to_output
+from arsd.pipelines.checks import Decoders, check_output, rows_of, strategies_of
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, Generators, noise_keys, to_output
 from arsd.pipelines.prefix import encode_beginnings, encode_pictures
 from arsd.pipelines.provable import Provable
 from arsd.profile import find_profile
 
-Decoders = DecodingStrategy | str | Sequence[DecodingStrategy | str] | None
 TargetMaker = Callable[[int, int], Any]  # (pass_tokens, batch) -> target
 DraftMaker = Callable[[int], DraftModel]  # window -> the draft model of a call
 
@@ -157,41 +155,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         Raises:
             StrategyError: when it is no strategy.
         """
-        if isinstance(decoder, Sequence) and not isinstance(decoder, str):
-            return [self._strategy(one) for one in decoder]
-        return [self._strategy(decoder)]
-
-    def _strategy(self, decoder: DecodingStrategy | str | None) -> DecodingStrategy:
-        from arsd.decoding import parse_strategy
-
-        if isinstance(decoder, str):
-            return parse_strategy(decoder)
-        chosen = decoder if decoder is not None else self.decoder
-        if chosen is None:
-            return Autoregressive()
-        if not isinstance(chosen, DecodingStrategy):
-            raise StrategyError(f"decoder must be a decoding strategy such as arsd.SJD(), not {type(chosen).__name__}")
-        return chosen
-
-    def check_rows(self, decoders: list[DecodingStrategy], count: int, batch_size: int | None) -> int:
-        """The rows of a pass for ``count`` pictures.
-
-        Raises:
-            InputError: when ``batch_size`` is no positive number, or there are neither one nor ``count`` decoders.
-        """
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size must be at least 1, not {batch_size!r}")
-        if len(decoders) not in (1, count):
-            raise InputError(f"got {len(decoders)} decoders for {count} pictures: give one, or one for each")
-        return min(batch_size or count, count)
-
-    def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
-        """Raise InputError for an unknown output type or callback tensor."""
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise InputError(f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, not {unknown}")
+        return strategies_of(decoder, self.decoder)
 
     def law_config(self, given: dict[str, Any]) -> LawConfig:
         """The sampling options of a call: what was given, else what the model was published with."""
@@ -348,7 +312,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         named |= {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         inputs = {name: value for name, value in named.items() if value is not None}
         self.check_inputs(height, width, num_images_per_prompt, **inputs)
-        self.check_output(output_type, callback_on_step_end_tensor_inputs)
+        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         strategies, raster = self.check_decoder(decoder), self.make_raster(height, width)
         options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
         options |= {"top_k": top_k, "top_p": top_p, "image_guidance_scale": image_guidance_scale}
@@ -365,7 +329,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": config.guidance_scale != 1}
         encode = partial(self.encode_inputs, **inputs, height=height, width=width, given=given)
         conditions = encode()
-        batch = self.check_rows(strategies, len(conditions.inputs), batch_size)
+        batch = rows_of(strategies, len(conditions.inputs), batch_size)
         keys = noise_keys(generator, len(conditions.inputs))
 
         # 3. Decode and turn into pictures

@@ -23,7 +23,8 @@ from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget
 from arsd.models.text_encoders import load_t5_encoder
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.outputs import Conditions, check_count, check_prompts, with_given
+from arsd.pipelines.checks import check_count, check_prompts
+from arsd.pipelines.outputs import Conditions, with_given
 from arsd.tokenizers.vq import VQTokenizer
 
 PUBLISHED_SAMPLING = {

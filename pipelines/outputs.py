@@ -17,7 +17,6 @@ from arsd.decoding import DecodeStats, DecodingStrategy, LawConfig
 from arsd.errors import InputError
 from arsd.models.raster import Raster
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -109,26 +108,6 @@ def to_output(pixels: Tensor, output_type: str) -> Any:
     if output_type == "np":
         return array
     return [Image.fromarray(picture) for picture in np.round(array * 255).astype(np.uint8)]
-
-
-def check_prompts(prompt: Any) -> list[str]:
-    """One prompt or several, as a list.
-
-    Raises:
-        InputError: for anything else, or an empty prompt.
-    """
-    if not isinstance(prompt, (str, Sequence)):
-        raise InputError(f"prompt must be text or a list of texts, not {prompt!r}")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
-        raise InputError("the prompt is empty")
-    return prompts
-
-
-def check_count(num_images_per_prompt: Any) -> None:
-    """Raise InputError unless this is a positive number of pictures."""
-    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
 
 
 def with_given(given: Tensor | None) -> dict[str, int]:

@@ -21,7 +21,8 @@ from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget
 from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.outputs import Conditions, check_count, check_prompts, with_given
+from arsd.pipelines.checks import check_count, check_prompts
+from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
 
 MOST_SLOTS = 1 << 16

@@ -1,0 +1,75 @@
+"""What a call is given, checked at the boundary: strategies, batch, output, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from arsd.decoding import Autoregressive, DecodingStrategy, parse_strategy
+from arsd.errors import InputError, StrategyError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Decoders = DecodingStrategy | str | Sequence[DecodingStrategy | str] | None
+
+
+def strategies_of(decoder: Decoders, default: DecodingStrategy | None) -> list[DecodingStrategy]:
+    """The strategies of a call: what was given (one, or one per picture), else ``default``, else plain AR.
+
+    Raises:
+        StrategyError: when it is no strategy.
+    """
+    several = isinstance(decoder, Sequence) and not isinstance(decoder, str)
+    return [_strategy(one, default) for one in (decoder if several else [decoder])]  # type: ignore[union-attr]
+
+
+def _strategy(decoder: Any, default: DecodingStrategy | None) -> DecodingStrategy:
+    if isinstance(decoder, str):
+        return parse_strategy(decoder)
+    chosen = decoder if decoder is not None else default
+    if chosen is None:
+        return Autoregressive()
+    if not isinstance(chosen, DecodingStrategy):
+        raise StrategyError(f"decoder must be a decoding strategy such as arsd.SJD(), not {type(chosen).__name__}")
+    return chosen
+
+
+def rows_of(decoders: list[DecodingStrategy], count: int, batch_size: int | None) -> int:
+    """The rows of a pass for ``count`` pictures.
+
+    Raises:
+        InputError: when ``batch_size`` is no positive number, or there are neither one nor ``count`` decoders.
+    """
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size must be at least 1, not {batch_size!r}")
+    if len(decoders) not in (1, count):
+        raise InputError(f"got {len(decoders)} decoders for {count} pictures: give one, or one for each")
+    return min(batch_size or count, count)
+
+
+def check_output(output_type: str, callback_inputs: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for an unknown output type, or a callback tensor that is not among ``known``."""
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+    unknown = [name for name in callback_inputs if name not in known]
+    if unknown:
+        raise InputError(f"callback_on_step_end_tensor_inputs can hold {known}, not {unknown}")
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        InputError: for anything else, or an empty prompt.
+    """
+    if not isinstance(prompt, (str, Sequence)):
+        raise InputError(f"prompt must be text or a list of texts, not {prompt!r}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
+        raise InputError("the prompt is empty")
+    return prompts
+
+
+def check_count(num_images_per_prompt: Any) -> None:
+    """Raise InputError unless this is a positive number of pictures."""
+    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
