@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pass_shapes
@@ -23,6 +26,7 @@ import tables
 import torch
 from models import load
 
+from arsd.cli.common import quiet
 from arsd.devices import device_kind
 
 DTYPES = ["float64", "float32", "bfloat16"]
@@ -37,6 +41,30 @@ def check_exactness(device: torch.device, pictures: int) -> bool:
     wanted = options(model="small", dtypes=DTYPES, widths=[8, 32], batches=[1, 8], pictures=pictures)
     rows = promises.exact(wanted, device)
     return all(row["equal"] == row["pictures"] for row in rows if row["dtype"] == "float64")
+
+
+def check_families(device: torch.device) -> bool:
+    """Tiny published checkpoints of every family, in float64: whether SJD gives plain AR's tokens, beginnings included."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from families import KINDS, PROMPTS, write
+
+    same = True
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")  # sizes that no model was trained on
+            sample = write(kind, Path(folder) / kind)
+            pipe = sample.load().to(device)
+            call = {"prompt": PROMPTS, "height": sample.size[0], "width": sample.size[1], "output_type": "latent"}
+            equal = []
+            for more in ({}, {"image": torch.rand(1, 3, *sample.size, dtype=torch.float64)}):
+                plain, *others = (
+                    pipe(**call | more, decoder=decoder, generator=torch.Generator().manual_seed(1)).tokens
+                    for decoder in ("ar", "sjd:window=8", "sjd:window=32")
+                )
+                equal += [torch.equal(plain, other) for other in others]
+        print(f"{kind:14} {sum(equal)} of {len(equal)} runs equal")
+        same &= all(equal)
+    return same
 
 
 def check_bits(device: torch.device) -> None:
@@ -88,9 +116,14 @@ def main() -> int:
 
     def exactness() -> None:
         nonlocal exact
-        exact = check_exactness(device, arguments.pictures)
+        exact &= check_exactness(device, arguments.pictures)
 
-    steps: list[tuple[str, Callable[[], Any]]] = [("exactness", exactness), ("bits of a pass", lambda: check_bits(device))]
+    def families() -> None:
+        nonlocal exact
+        exact &= check_families(device)
+
+    steps: list[tuple[str, Callable[[], Any]]] = [("exactness", exactness), ("families", families)]
+    steps.append(("bits of a pass", lambda: check_bits(device)))
     for model in arguments.models:
         steps += speed_steps(model, device, arguments.tokens)
     for name, step in steps:
