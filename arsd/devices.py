@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -73,14 +73,12 @@ def in_use(*modules: Any) -> Iterator[None]:
     Such hooks act when a module's ``forward`` is called. What a pipeline calls are parts of it: its decoder without the
     head, its embedding, the ``encode`` and ``decode`` of a tokenizer.
     """
-    hooked = [(hook, module) for module in modules if isinstance(module, torch.nn.Module) for hook in _hooks_of(module)]
-    try:
-        for hook, module in hooked:
-            hook.pre_forward(module)
+    with ExitStack() as stack:
+        for module in modules:
+            for hook in _hooks_of(module) if isinstance(module, torch.nn.Module) else []:
+                hook.pre_forward(module)
+                stack.callback(hook.post_forward, module, None)
         yield
-    finally:
-        for hook, module in reversed(hooked):
-            hook.post_forward(module, None)
 
 
 def bring_back(module: Any) -> None:

@@ -71,9 +71,16 @@ def pack_tokens(tokens: Tensor) -> str:
     return base64.b64encode(zlib.compress(tokens.cpu().numpy().astype("<u4").tobytes(), 9)).decode()
 
 
-def unpack_tokens(text: str) -> np.ndarray:
-    """Inverse of :func:`pack_tokens`."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<u4").astype(np.int64)
+def unpack_tokens(text: str, most: int = 1 << 20) -> np.ndarray:
+    """Inverse of :func:`pack_tokens`, for at most ``most`` tokens.
+
+    Raises:
+        InputError: for more.
+    """
+    content = zlib.decompressobj().decompress(base64.b64decode(text), 4 * most + 1)  # never more, whatever is packed
+    if len(content) > 4 * most:
+        raise InputError(f"the record holds more than {most} tokens")
+    return np.frombuffer(content, dtype="<u4").astype(np.int64)
 
 
 def tokens_sha256(tokens: Tensor) -> str:
@@ -158,7 +165,7 @@ def read_png(path: str | Path) -> dict[str, Any]:
 
 
 def read_record(source: Any) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture (RGB) and its record.
+    """A picture (RGB) and its record; one that shows more than its RGB values (alpha, several frames) comes as RGBA.
 
     Args:
         source: path of a picture, or a PIL image opened from one.
@@ -167,14 +174,19 @@ def read_record(source: Any) -> tuple[Image.Image, dict[str, Any]]:
         InputError: when it is no picture, or has no record.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB"), _parse(getattr(source, "text", {}).get(KEY), "the picture")
+        return _pixels(source), _parse(getattr(source, "text", {}).get(KEY), "the picture")
     try:
         with Image.open(source) as image:
             text = getattr(image, "text", {}).get(KEY)
-            pixels = image.convert("RGB")
-    except (OSError, AttributeError, SyntaxError, ValueError) as error:
+            pixels = _pixels(image)
+    except (OSError, AttributeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as a picture: {error}") from None
     return pixels, _parse(text, str(source))
+
+
+def _pixels(image: Image.Image) -> Image.Image:
+    plain = image.mode == "RGB" and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+    return image.convert("RGB" if plain else "RGBA")
 
 
 def _parse(text: str | None, name: str) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def _parse(text: str | None, name: str) -> dict[str, Any]:
         raise InputError(f"{name} carries no arsd record")
     try:
         record = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise InputError(f"{name} carries a damaged arsd record")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from arsd.errors import CheckpointError, InputError
 from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.checks import dtype_of
 from arsd.pipelines.families import PIPELINES, pipeline_for, recognise
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -74,7 +75,7 @@ class AutoARPipeline:
             CheckpointError: when there is no such model, or its files are damaged.
         """
         path = find_model(name, revision=revision, cache_dir=cache_dir)
-        kind = recognise(path)
+        kind, dtype = recognise(path), dtype_of(dtype, components)
         pipeline: Any = pipeline_for(kind)
         if kind in PIPELINES:
             dtype = dtype or torch.float32

@@ -204,6 +204,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         laws = Laws(config, grammar)
         call = (batch, grammar.num_tokens, raster.row_length, grammar, noise, device, profile, laws)
         parts = build_parts(decoders, Setting(*call, codebook=codebook, draft_model=draft_model, given=given))
+        bring_back(self.transformer)  # conditions of a small drafter may have pushed it out
         target = self.target_maker(conditions)(parts.pass_tokens, batch)
         self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
         total = (grammar.num_tokens - (0 if given is None else given.shape[1])) * count
@@ -326,7 +327,8 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             if image is not None:
                 count = _count(prompt if prompt is not None else class_labels if class_labels is not None else prompt_embeds)
                 given = encode_beginnings(self.vq, image, strength, raster, count, num_images_per_prompt)
-        inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": config.guidance_scale != 1}
+        guided = config.guidance_scale != 1 or (prompt_images is not None and config.image_guidance_scale != 1)
+        inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": guided}
         encode = partial(self.encode_inputs, **inputs, height=height, width=width, given=given)
         conditions = encode()
         batch = rows_of(strategies, len(conditions.inputs), batch_size)

@@ -12,6 +12,7 @@ from arsd.errors import CheckpointError
 from arsd.models.chameleon import ChameleonForImageGeneration
 from arsd.models.chameleon_files import find_kind, load_chameleon, load_tokenizer, vqgan_source
 from arsd.models.vqgan_files import load_vqgan
+from arsd.pipelines.checks import dtype_of, saved_component
 from arsd.pipelines.token_images import TokenImagePipeline
 from arsd.tokenizers.vqgan import VQGANTokenizer
 
@@ -26,53 +27,63 @@ class ChameleonPipeline(TokenImagePipeline):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         vq: str | Path | VQGANTokenizer | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         image_size: int | None = None,
         **options: Any,
     ) -> Any:
         """Load a published folder, or one that ``save_pretrained`` wrote.
 
         Args:
-            folder: a local folder, or a hub id.
-            vq: the image tokenizer, where it is not beside the weights: its published file, or an object.
-            dtype: of all weights; by default that of the files.
+            pretrained_model_name_or_path: a local folder, or a hub id.
+            vq: the image tokenizer, where it is not beside the weights: its published file, a saved one, or an object.
+            dtype: of all weights (``torch_dtype`` is the same); by default that of the files.
             image_size: side of a square picture; by default what the folder's name says (512, 768, 1024), else the family's.
-            options: components (``decoder=...``, ``drafter=...``) and what transformers' ``from_pretrained`` takes:
-                ``device_map``, ``max_memory``, ``offload_folder``, ``quantization_config``, ``attn_implementation``.
+            options: components (``decoder=...``, ``drafter=...``), ``revision`` and ``cache_dir`` of the hub, and what
+                transformers' ``from_pretrained`` takes: ``device_map``, ``max_memory``, ``offload_folder``,
+                ``quantization_config``, ``attn_implementation``.
 
         Raises:
             CheckpointError: for a folder of another kind, missing or damaged files, or a tokenizer that does not fit.
         """
         from arsd.pipelines.auto import find_model
 
-        folder = find_model(folder)
+        dtype = dtype_of(dtype, options)
+        hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
+        folder = find_model(pretrained_model_name_or_path, **hub)
+        given = {**options} if vq is None else {**options, "vq": vq}
+        if vq is not None:
+            vq = options["vq"] = _tokenizer(vq, dtype)
         if (folder / "model_index.json").is_file():
-            if vq is not None:
-                options["vq"] = _tokenizer(vq, dtype)
             if image_size is not None:
                 options["image_size"] = image_size
-            return super().from_pretrained(str(folder), dtype=dtype, **options)
+            pipe = super().from_pretrained(str(folder), dtype=dtype, **options)
+            pipe.remember_sources(folder, parts=options)
+            return pipe
         kind = find_kind(folder)
         if kind not in cls.kinds:
             found = "nothing that is known" if kind is None else f"{kind} weights"
             raise CheckpointError(f"{folder} holds {found}, not those of {cls.__name__}: give another folder")
-        own = {name: options.pop(name) for name in ("decoder", "drafter", "sampling", "tokenizer") if name in options}
+        names = ("decoder", "drafter", "sampling", "tokenizer", "vq")
+        own = {name: options.pop(name) for name in names if name in options}
         tokenizer = own.pop("tokenizer", None) or load_tokenizer(folder)
-        source = vqgan_source(folder) if vq is None else vq
-        image_tokenizer = _tokenizer(source, dtype)
+        source = vqgan_source(folder) if vq is None else given["vq"]
+        image_tokenizer = own.pop("vq", None) or _tokenizer(source, dtype)
         transformer = load_chameleon(folder, dtype=dtype, **options)
         named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name)
         size = image_size or (int(named[1]) if named else None)
         pipe = cls(transformer, image_tokenizer, tokenizer, image_size=size, **own)
         pipe.protocol  # noqa: B018  a tokenizer that does not fit is refused now, not at the first prompt
-        pipe._sources = (folder, *([Path(source)] if isinstance(source, (str, Path)) else []))
+        files = [source] if isinstance(source, (str, Path)) else []
+        pipe.remember_sources(folder, *files, parts={name: part for name, part in given.items() if name not in options})
         return pipe
 
 
 def _tokenizer(source: Any, dtype: torch.dtype | None) -> VQGANTokenizer:
     if isinstance(source, VQGANTokenizer):
         return source
+    if isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file():
+        return saved_component(VQGANTokenizer, source, dtype)
     return load_vqgan(source, dtype=dtype)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from arsd.decoding import Autoregressive, DecodingStrategy, parse_strategy
-from arsd.errors import InputError, StrategyError
+from arsd.devices import DTYPES
+from arsd.errors import CheckpointError, InputError, StrategyError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Decoders = DecodingStrategy | str | Sequence[DecodingStrategy | str] | None
@@ -73,3 +76,29 @@ def check_count(num_images_per_prompt: Any) -> None:
     """Raise InputError unless this is a positive number of pictures."""
     if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+
+
+def dtype_of(dtype: Any, options: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that ``from_pretrained`` was given as ``dtype``, or as ``torch_dtype`` among ``options`` (taken out).
+
+    Raises:
+        InputError: for what is none, or two that differ.
+    """
+    old = options.pop("torch_dtype", None)
+    given = {DTYPES.get(one, one) for one in (dtype, old) if one is not None and one != "auto"}
+    if len(given) > 1 or not all(isinstance(one, torch.dtype) for one in given):
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or a torch.dtype, not {dtype!r} and torch_dtype {old!r}")
+    return next(iter(given), None)
+
+
+def saved_component(cls: Any, folder: Any, dtype: torch.dtype | None) -> Any:
+    """A component that ``save_pretrained`` wrote.
+
+    Raises:
+        CheckpointError: when it is another one, or damaged.
+    """
+    try:
+        part = cls.from_pretrained(str(folder)).eval()
+        return part if dtype is None else part.to(dtype)
+    except Exception as error:  # a damaged folder can raise anything
+        raise CheckpointError(f"{folder} holds no {cls.__name__}: {' '.join(str(error).split())[:150]}") from error

@@ -23,7 +23,7 @@ from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget
 from arsd.models.text_encoders import load_t5_encoder
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_count, check_prompts
+from arsd.pipelines.checks import check_count, check_prompts, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.tokenizers.vq import VQTokenizer
 
@@ -73,11 +73,18 @@ class LlamaGenPipeline(ARImagePipeline):
         self.register_to_config(clean_captions=clean_captions)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, vq: Any = None, **options: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, vq: Any = None, dtype: Any = None, **options: Any
+    ) -> Any:
         """Load a pipeline folder; ``vq`` may be the path of another image tokenizer, or an object. See diffusers."""
+        dtype = dtype_of(dtype, options)
         if vq is not None:
-            options["vq"] = vq if isinstance(vq, VQTokenizer) else load_vq(vq, dtype=options.get("dtype"))
-        return super().from_pretrained(str(folder), **options)
+            options["vq"] = vq if isinstance(vq, VQTokenizer) else _tokenizer(vq, dtype)
+        options |= {} if dtype is None else {"dtype": dtype}
+        pipe = super().from_pretrained(str(pretrained_model_name_or_path), **options)
+        if Path(pretrained_model_name_or_path).is_dir():
+            pipe.remember_sources(pretrained_model_name_or_path, parts=options)
+        return pipe
 
     @classmethod
     def from_single_file(
@@ -112,8 +119,9 @@ class LlamaGenPipeline(ARImagePipeline):
         if vq is None:
             what = "is a transformer without its image tokenizer"
             raise CheckpointError(f"{path} {what}: give vq=..., vq_ds16_c2i.pt for classes or vq_ds16_t2i.pt for text")
+        given = {"vq": vq, "text_encoder": text_encoder}
         sources = [Path(path), *([] if isinstance(vq, VQTokenizer) else [Path(vq)])]
-        vq = vq if isinstance(vq, VQTokenizer) else load_vq(vq, dtype=dtype)
+        vq = vq if isinstance(vq, VQTokenizer) else _tokenizer(vq, dtype)
         if image_size is not None and (image_size < 1 or image_size % vq.downsample_factor):
             raise InputError(f"image_size must be a multiple of {vq.downsample_factor} pixels, not {image_size}")
         grid = None if image_size is None else image_size // vq.downsample_factor
@@ -130,7 +138,7 @@ class LlamaGenPipeline(ARImagePipeline):
             raise CheckpointError(f"the features of the text encoder are {wide}: it wants google/flan-t5-xl")
         transformer.register_to_config(sampling=PUBLISHED_SAMPLING[transformer.config["condition"]])
         pipe = cls(transformer, vq, decoder, tokenizer, text_encoder, drafter, clean_captions=is_text)
-        pipe._sources = tuple(sources)
+        pipe.remember_sources(*sources, parts=given)
         return pipe
 
     @property
@@ -309,6 +317,14 @@ class LlamaGenPipeline(ARImagePipeline):
             labels = torch.full((len(rows),), model.config["num_classes"], device=rows.device)
             condition = torch.stack([rows, model.embed_classes(labels)])
         return Conditions(condition, padding, inputs, self.make_raster(), given)
+
+
+def _tokenizer(source: Any, dtype: torch.dtype | None) -> VQTokenizer:
+    """A published image tokenizer, or one that ``save_pretrained`` wrote."""
+    if (Path(source) / "diffusion_pytorch_model.safetensors").is_file():
+        tokenizer: VQTokenizer = saved_component(VQTokenizer, source, dtype)
+        return tokenizer
+    return load_vq(source, dtype=dtype)
 
 
 def _labels(given: Any, device: torch.device) -> Tensor:

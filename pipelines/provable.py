@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,23 @@ class Provable:
     null_conditions: Any
     target_maker: Any
     decode_pixels: Any
+    _recorded_size: tuple[str, ...] = ("height", "width")  # what of a record encode_inputs takes besides prompts or labels
 
     @property
     def model_hash(self) -> str | None:
         """Hash of the files that the pipeline was loaded from (:func:`arsd.provenance.model_hash`), else ``None``."""
-        from arsd.provenance import model_hash
+        from arsd.provenance import model_hash, weights_hash
 
         known: tuple[str, str | None] | None = getattr(self, "_known_hash", None)
         folder = str(self.config.get("_name_or_path") or "")
         if known is None or known[0] != folder:
-            sources = getattr(self, "_sources", None) or ([folder] if folder and Path(folder).is_dir() else None)
-            known = (folder, model_hash(*sources) if sources else None)
+            sources = getattr(self, "_sources", ()) or ([folder] if folder and Path(folder).is_dir() else [])
+            found = model_hash(*sources) if sources and all(Path(source).exists() for source in sources) else None
+            for part in (
+                getattr(self, "_own_parts", ()) if found else ()
+            ):  # given as objects, in the place of what lies there
+                found = hashlib.sha256(f"{found}{weights_hash(part)}".encode()).hexdigest()
+            known = (folder, found)
             self._known_hash = known
         return known[1]
 
@@ -61,7 +68,7 @@ class Provable:
     def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
         """The conditions that recorded pictures of one size were made from, without what was given of them."""
         first = records[0]
-        size = {name: first.get(name) for name in ("height", "width", "slots") if name in first}
+        size = {name: first.get(name) for name in self._recorded_size if name in first}
         name, plural = ("prompt", "prompt") if "prompt" in first else ("class_label", "class_labels")
         return self.encode_inputs(**{plural: [record[name] for record in records]}, guided=guided, **size)
 
@@ -85,3 +92,9 @@ class Provable:
         if isinstance(images, Sequence) and not isinstance(images, str):
             return verify_pictures(self, images)
         return verify_pictures(self, [images])[0]
+
+    def remember_sources(self, *sources: str | Path, parts: Mapping[str, Any]) -> None:
+        """What the model is made of: files or folders, and components that were given as objects."""
+        self._sources = tuple(Path(source).resolve() for source in sources)
+        given = (part for name, part in sorted(parts.items()) if name != "drafter")
+        self._own_parts = tuple(part for part in given if isinstance(part, torch.nn.Module))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from arsd.decoding import SJD, DecodingStrategy
+from arsd.decoding import SJD, DecodingStrategy, LawConfig
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import DraftModel
 from arsd.devices import in_use
@@ -24,6 +22,7 @@ from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
 from arsd.pipelines.checks import check_count, check_prompts
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
+from arsd.tokenizers.vqgan import VQGANTokenizer
 
 MOST_SLOTS = 1 << 16
 SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
@@ -45,6 +44,7 @@ class TokenImagePipeline(ARImagePipeline):
     """
 
     model_cpu_offload_seq = "transformer->vq"
+    _recorded_size = ("height", "width", "slots")
     _optional_components = ["decoder", "drafter"]
     protocol_class: ClassVar[Callable[..., TokenProtocol]]
     default_size: ClassVar[int]
@@ -52,22 +52,32 @@ class TokenImagePipeline(ARImagePipeline):
     def __init__(
         self,
         transformer: Any,
-        vq: Any,
+        vq: VQGANTokenizer,
         tokenizer: Any,
         decoder: DecodingStrategy | None = None,
         drafter: Any = None,
         image_size: int | None = None,
-        sampling: dict[str, float] | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        try:
+            LawConfig(**(sampling or {}))
+        except TypeError:
+            raise InputError(f"sampling has options that there are not: {', '.join(map(str, sampling or {}))}") from None
         decoder = decoder if decoder is not None else SJD()
         self.register_modules(transformer=transformer, vq=vq, tokenizer=tokenizer, decoder=decoder, drafter=drafter)
         self.register_to_config(image_size=image_size or self.default_size, sampling=sampling)
-        self._sources: tuple[Path, ...] = ()
 
-    @cached_property
+    @property
     def protocol(self) -> TokenProtocol:
         """What the family does with words and codes."""
+        made_for, protocol = self.__dict__.get("_protocol", (None, None))
+        if protocol is None or made_for != (id(self.tokenizer), id(self.vq), id(self.transformer)):
+            protocol = self._make_protocol()
+            self.__dict__["_protocol"] = (id(self.tokenizer), id(self.vq), id(self.transformer)), protocol
+        return protocol
+
+    def _make_protocol(self) -> TokenProtocol:
         known = (self.tokenizer, len(self.vq.codebook), self.vq.downsample_factor, self.config["image_size"])
         return type(self).protocol_class(*known, self.config["sampling"], **self.protocol_options())
 

@@ -6,7 +6,6 @@ token's law does not depend on which pass computed it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from arsd.errors import InputError
+
+LARGEST = 1e9  # of guidance and temperature: beyond it scores leave the range of float32
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,18 @@ class LawConfig:
         Raises:
             InputError: for an option out of range.
         """
+        for name in ("guidance_scale", "image_guidance_scale", "temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{name} must be a number, not {value!r}")
         for name in ("guidance_scale", "image_guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) <= LARGEST:
                 raise InputError(f"{name} must be >= 0, not {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature must be >= 0, not {self.temperature}")
+        if self.temperature != 0 and not 1 / LARGEST <= self.temperature <= LARGEST:
+            raise InputError(f"temperature must be >= 0 (and above 1e-9, unless it is 0), not {self.temperature}")
+        interval = self.guidance_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or not -1 <= interval < 2**31:
+            raise InputError(f"guidance_interval must be a whole number >= -1 (-1 guides everywhere), not {interval!r}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise InputError(f"top_k must be a whole number >= 0 (0 keeps every token), not {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -77,7 +77,10 @@ class Raster:
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise InputError(f"tokens must be [B, {self.num_tokens}], not {tuple(tokens.shape)}")
         lines = tokens[:, : self.rows * self.row_length].view(len(tokens), self.rows, self.row_length)
-        return lines[:, :, : self.columns]
+        codes = lines[:, :, : self.columns]
+        if self.marks and bool((codes >= self.codes).any()):
+            raise InputError("tokens have marks at the places of codes")
+        return codes
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] to tokens [B, N], marks included; the inverse of :meth:`to_codes`.
