@@ -53,8 +53,10 @@ class LawConfig:
         for name in ("guidance_scale", "image_guidance_scale"):
             if not 0 <= getattr(self, name) <= LARGEST:
                 raise InputError(f"{name} must be >= 0, not {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature must be >= 0, not {self.temperature}")
         if self.temperature != 0 and not 1 / LARGEST <= self.temperature <= LARGEST:
-            raise InputError(f"temperature must be >= 0 (and above 1e-9, unless it is 0), not {self.temperature}")
+            raise InputError(f"temperature must be 0 or in {1 / LARGEST:g}..{LARGEST:g}, not {self.temperature}")
         interval = self.guidance_interval
         if isinstance(interval, bool) or not isinstance(interval, int) or not -1 <= interval < 2**31:
             raise InputError(f"guidance_interval must be a whole number >= -1 (-1 guides everywhere), not {interval!r}")
