@@ -146,7 +146,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     try:
         raster = pipe.make_raster(record.get("height"), record.get("width"))
     except (ArsdError, TypeError) as error:
-        return REFUTED, f"this model cannot have made it: {error}"
+        return UNKNOWN, f"it has another size than this model is loaded for ({error}): load it with image_size"
     if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
         return REFUTED, f"this model makes {raster.num_tokens} tokens below {raster.vocab}"
     given = record.get("given_tokens") or 0

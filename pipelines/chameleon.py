@@ -49,6 +49,7 @@ class ChameleonPipeline(TokenImagePipeline):
             CheckpointError: for a folder of another kind, missing or damaged files, or a tokenizer that does not fit.
         """
         from arsd.pipelines.auto import find_model
+        from arsd.pipelines.families import check_class
 
         dtype = dtype_of(dtype, options)
         hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
@@ -57,6 +58,7 @@ class ChameleonPipeline(TokenImagePipeline):
         if vq is not None:
             vq = options["vq"] = _tokenizer(vq, dtype)
         if (folder / "model_index.json").is_file():
+            check_class(folder, cls)
             if image_size is not None:
                 options["image_size"] = image_size
             pipe = super().from_pretrained(str(folder), dtype=dtype, **options)

@@ -146,6 +146,13 @@ def _pipeline_of(index: Path) -> str:
     return name
 
 
+def check_class(folder: str | Path, cls: type) -> None:
+    """Raise CheckpointError where a pipeline folder needs another class than ``cls``."""
+    index = Path(folder) / "model_index.json"
+    if index.is_file() and not issubclass(cls, PIPELINES[_pipeline_of(index)]):
+        raise CheckpointError(f"{folder} needs the pipeline {_pipeline_of(index)}, not {cls.__name__}: use AutoARPipeline")
+
+
 def pipeline_for(kind: str) -> type[ARImagePipeline]:
     """The pipeline class for what :func:`recognise` found."""
     if kind in PIPELINES:

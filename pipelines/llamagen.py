@@ -77,6 +77,9 @@ class LlamaGenPipeline(ARImagePipeline):
         cls, pretrained_model_name_or_path: str | Path, *, vq: Any = None, dtype: Any = None, **options: Any
     ) -> Any:
         """Load a pipeline folder; ``vq`` may be the path of another image tokenizer, or an object. See diffusers."""
+        from arsd.pipelines.families import check_class
+
+        check_class(pretrained_model_name_or_path, cls)
         dtype = dtype_of(dtype, options)
         if vq is not None:
             options["vq"] = vq if isinstance(vq, VQTokenizer) else _tokenizer(vq, dtype)

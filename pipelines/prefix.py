@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -32,11 +33,14 @@ def to_pixels(image: Any, height: int, width: int, factor: int) -> Tensor:
     Raises:
         InputError: for anything else.
     """
+    image = [_unit(one) for one in image] if isinstance(image, (list, tuple)) else _unit(image)
     try:
         processor = VaeImageProcessor(vae_scale_factor=factor, do_convert_rgb=True)
         pixels = processor.preprocess(image, height, width, resize_mode="crop" if _is_pil(image) else "default")
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, NotImplementedError) as error:
         raise InputError(f"image cannot be read as a picture: {' '.join(str(error).split())[:200]}") from None
+    if not bool(torch.isfinite(pixels).all()) or float(pixels.abs().max()) > 1 + 1e-3:
+        raise InputError("image has values outside [0, 1]: give floating point in this range, or bytes")
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
         raise InputError(f"image must be pictures of three channels, not {tuple(pixels.shape)}")
     return pixels
@@ -72,7 +76,7 @@ def encode_beginnings(vq: Any, image: Any, strength: float, raster: Raster, prom
     Raises:
         InputError: for pictures or numbers that do not fit.
     """
-    if isinstance(image, Tensor) and not image.is_floating_point():
+    if isinstance(image, Tensor) and not image.is_floating_point() and image.dtype != torch.uint8:
         rows, tokens = image.shape[1] if image.ndim == 3 else 0, _of_codes(image, raster)
     else:
         rows, tokens = kept_rows(strength, raster.rows), encode_pictures(vq, image, raster)
@@ -92,6 +96,18 @@ def _of_codes(codes: Tensor, raster: Raster) -> Tensor:
     if int(codes.min()) < 0 or int(codes.max()) >= raster.codes:
         raise InputError(f"image holds codes outside 0..{raster.codes - 1}")
     return replace(raster, rows=shape[1], tail=()).from_codes(codes.long())
+
+
+def _unit(image: Any) -> Any:
+    """Bytes to [0, 1]; floating point that is not in this range is left, to be refused."""
+    if getattr(image, "dtype", None) in (np.uint8, torch.uint8):
+        return image / np.float32(255) if isinstance(image, np.ndarray) else image.float() / 255
+    values = torch.as_tensor(image) if isinstance(image, (np.ndarray, Tensor)) else None
+    if values is not None and values.is_floating_point() and values.numel():
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN included
+            raise InputError("image has values outside [0, 1]: give floating point in this range, or bytes")
+    return image
 
 
 def _is_pil(image: Any) -> bool:

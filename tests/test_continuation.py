@@ -110,7 +110,8 @@ def test_one_picture_for_all_prompts_or_one_for_each(tiny):
         assert torch.equal(alone.tokens[2 * i : 2 * i + 2], each.tokens[2 * i : 2 * i + 2])
     arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
     tensors = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
-    for given in (arrays, np.stack(arrays), tensors):
+    plain = [np.asarray(image) for image in images]
+    for given in (arrays, np.stack(arrays), tensors, plain, np.stack(plain), (tensors * 255).round().to(torch.uint8)):
         assert torch.equal(run(tiny, "sjd", image=given, num_images_per_prompt=2).tokens, each.tokens)
 
 
@@ -162,6 +163,8 @@ def test_a_picture_of_another_shape_is_cropped_around_its_centre(tiny):
         ({"image": torch.zeros(2, 2, 5, dtype=torch.long)}, "codes of shape"),
         ({"image": torch.zeros(4, 4, dtype=torch.long)}, "codes of shape"),
         ({"image": torch.full((2, 2, 4), 99)}, "codes outside"),
+        ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "outside [0, 1]"),
+        ({"image": np.full((8, 8, 3), 200.0)}, "outside [0, 1]"),
         ({"image": torch.zeros(3, 2, 4, dtype=torch.long)}, "3 pictures for 2 prompts"),
         ({"image": picture(), "strength": 0}, "strength"),
         ({"image": picture(), "strength": 1.5}, "strength"),

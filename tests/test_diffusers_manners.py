@@ -73,6 +73,15 @@ def test_a_saved_image_tokenizer_may_be_named_by_its_folder(samples, tmp_path):
     one_clear_line(error.value, "holds no VQGANTokenizer")
 
 
+def test_a_folder_of_another_family_is_refused(samples, tmp_path):
+    samples.pipe("anole").save_pretrained(tmp_path / "anole")
+    class_pipeline().save_pretrained(tmp_path / "classes")
+    for cls, name in ((arsd.LuminaMGPTPipeline, "anole"), (arsd.AnolePipeline, "classes"), (arsd.LlamaGenPipeline, "anole")):
+        with pytest.raises(ArsdError) as error:
+            cls.from_pretrained(tmp_path / name)
+        one_clear_line(error.value, "needs the pipeline")
+
+
 def test_replacing_a_component_is_noticed(samples):
     pipe = samples.sample("lumina-mgpt").load()
     before = pipe.protocol

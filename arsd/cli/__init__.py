@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from arsd.cli.common import show_warnings_in_one_line
 from arsd.errors import ArsdError
 from arsd.plugins import import_plugin
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit status 2."""
     arguments = build_parser().parse_args(argv)
+    show_warnings_in_one_line()
     try:
         for plugin in getattr(arguments, "plugins", ()):  # they register what the command's options may name
             import_plugin(plugin)
@@ -44,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"arsd: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("arsd: not enough memory: lower the window, the batch or the number of threads", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        print("arsd: not enough memory: lower the window, the batch or the size of the model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("arsd: interrupted", file=sys.stderr)

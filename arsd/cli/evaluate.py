@@ -25,7 +25,6 @@ from arsd.cli.common import (
     quiet,
     read_prompts,
     sampling,
-    show_warnings_in_one_line,
     table,
 )
 from arsd.errors import InputError
@@ -65,7 +64,6 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge folders, or draw and judge."""
-    show_warnings_in_one_line()
     if arguments.folders and (arguments.decoders or arguments.frontier):
         raise InputError("give folders to judge, or --decoders to draw: not both")
     for name in ("n", "batch", "chunk"):

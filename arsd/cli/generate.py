@@ -15,7 +15,6 @@ from arsd.cli.common import (
     inputs_of,
     load_pipeline,
     sampling,
-    show_warnings_in_one_line,
     size,
     table,
 )
@@ -66,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
     from arsd.decoding import LawConfig, parse_strategy
     from arsd.provenance import save_png, tokens_sha256
 
-    show_warnings_in_one_line()
     inputs = inputs_of(arguments)
     prompts = [str(next(iter(one.values()))) for one in inputs]
     if arguments.n < 1:
