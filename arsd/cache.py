@@ -107,7 +107,7 @@ class RowCache(Cache):
         self._size, self._hidden = size, hidden
         self._every_slot = torch.arange(size, device=device)
         self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
-        self._mask = torch.empty(0, dtype=dtype, device=device)
+        self._mask, self._later = torch.empty(0, dtype=dtype, device=device), torch.empty(0, dtype=torch.bool, device=device)
 
     def begin(self, num_tokens: int, idle: Tensor | None = None, attended: int | None = None) -> tuple[Tensor, Tensor]:
         """Aim the next pass at the slots behind each row's length.
@@ -130,8 +130,9 @@ class RowCache(Cache):
         shape = (batch * num_tokens, self.attended)
         if self._mask.shape != shape:
             self._mask = torch.empty(shape, dtype=self._mask.dtype, device=positions.device)
-        later = self._every_slot[: self.attended] > positions.view(-1, 1)
-        self._mask.zero_().masked_fill_(later, torch.finfo(self._mask.dtype).min)
+            self._later = torch.empty(shape, dtype=torch.bool, device=positions.device)
+        torch.gt(self._every_slot[: self.attended], positions.view(-1, 1), out=self._later)
+        self._mask.zero_().masked_fill_(self._later, torch.finfo(self._mask.dtype).min)
         mask = self._mask.view(batch, 1, num_tokens, self.attended)
         if self._hidden is not None:
             mask.masked_fill_(self._hidden[:, None, None, : self.attended], torch.finfo(mask.dtype).min)

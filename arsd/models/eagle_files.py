@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arsd.errors import CheckpointError, InputError
 from arsd.models.eagle import EagleDrafter
-from arsd.models.llamagen_files import PUBLISHED_HEADS
+from arsd.models.llamagen_files import PUBLISHED_HEADS, WEIGHT_FILES
 from arsd.models.weight_files import (
     check_keys,
     check_tensors,
@@ -29,9 +29,6 @@ from arsd.models.weight_files import (
     to_interleaved,
     write_state_dict,
 )
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the weights in a folder; the first one there is read."""
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _KIND = "a published EAGLE drafter"
