@@ -140,11 +140,12 @@ class Grammar:
 class Law:
     """The target law p of every slot, as unnormalised log-weights ``scores`` [B, W, V], -inf off its support.
 
-    ``unfiltered`` [B, W, V] are the same before top-k and top-p.
+    ``unfiltered`` [B, W, V] are the same before top-k and top-p; ``ungreedy`` [B, W, V] those of which a greedy law is the
+    best one.
     """
 
-    def __init__(self, scores: Tensor, unfiltered: Tensor | None = None) -> None:
-        self.scores = scores
+    def __init__(self, scores: Tensor, unfiltered: Tensor | None = None, ungreedy: Tensor | None = None) -> None:
+        self.scores, self.ungreedy = scores, ungreedy
         self.unfiltered = scores if unfiltered is None else unfiltered
 
     @cached_property
@@ -184,7 +185,9 @@ class Laws:
         config = self.config
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = self.grammar.apply(self._guide(logits, positions), positions)
+        ungreedy = None
         if config.temperature == 0:
+            ungreedy = scores
             best = scores.argmax(-1, keepdim=True)
             broken = ~torch.isfinite(scores.amax(-1, keepdim=True))  # NaN, +inf or no support must not pass for a law
             scores = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0).masked_fill_(broken, torch.nan)
@@ -196,7 +199,7 @@ class Laws:
             scores = scores.masked_fill(scores < smallest, -torch.inf)
         if config.top_p < 1:
             scores = _top_p(scores, config.top_p)
-        return Law(scores, unfiltered)
+        return Law(scores, unfiltered, ungreedy)
 
     def _guide(self, logits: Tensor, positions: Tensor) -> Tensor:
         if logits.shape[0] == 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law, Laws
 from arsd.decoding.noise import Noise
+from arsd.decoding.recheck import recheck
 from arsd.decoding.stats import DecodeStats, Stopwatch
 from arsd.decoding.trees import followed, laid_out
 from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Target, Verdict
@@ -184,15 +185,20 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
         began, active = time.perf_counter(), rows.deciding
         with watch("draft"):
             window = parts.controller.window()
+            width = parts.width()
             step = rows.step(window, noise)
             draft = parts.drafter.propose(step)
         with watch("forward"):
             branches = () if draft.tree is None else (draft.tree,)
-            logits = target.forward(rows.feed(draft.tokens, parts.pass_tokens), rows.lengths, rows.starts, *branches)
+            target.active = rows.active
+            logits = target.forward(rows.feed(draft.tokens, width), rows.lengths, rows.starts, *branches)
         with watch("verify"):
             positions, active_laws = laid_out(step, draft.tree)
             law = laws(logits[:, :, : positions.shape[1]], positions)
             verdict = parts.rule.verify(step, law, draft)
+            if request.recheck is not None:
+                again = recheck(request.recheck, step, law, verdict, target, laws, rows.feed(draft.tokens, 1), rows.lengths)
+                stats.add_rechecks(again)
             faults = (~law.finite() & active_laws).any(1).long()
             if draft.broken is not None:
                 faults = torch.where(draft.broken & (faults == 0), DRAFTER_FAULT, faults)
@@ -209,13 +215,13 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
             if request.trace:
                 trace.append(_round(step, draft, verdict, counts, rows.held))
-            rows.commit(step, law, verdict, counts, parts.pass_tokens)
+            rows.commit(step, law, verdict, counts, width)
             rows.end([b for b, end in enumerate(over) if end])
             if verdict.path is not None:
                 target.compact(verdict.path, verdict.count)
             target.rollback(rows.lengths)
             parts.drafter.observe(step, law, verdict, rows.lengths)
-            stats.add_pass([(rows.held[b], counts[b]) for b in active])
+            stats.add_pass([(rows.held[b], counts[b]) for b in active], width)
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
             if request.on_commit is not None:
                 stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1]))
@@ -242,7 +248,7 @@ def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
     if hasattr(parts.rule, "join"):  # most rules remember nothing
         parts.rule.join(fresh, pictures)
     passes = 0
-    if parts.pass_tokens == 1:
+    if parts.pass_tokens == 1 or hasattr(parts.controller, "pass_tokens"):
         passes = target.prefill(rows.starts, 1)
         rows.moved([max(rows.first, n) for n in rows.starts])
     target.rollback(rows.lengths)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,11 +27,22 @@ class SeedExact:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
-        scores = law.scores
-        noisy = scores + step.token_gumbel(scores.shape[-1], scores.dtype)
+        tokens, margin = decided(law, lambda: step.token_gumbel(law.scores.shape[-1], law.scores.dtype))
+        return _verdict(step, draft, tokens, tokens[:, :-1] == draft.tokens, near_tie=margin < NEAR_TIE)
+
+
+def decided(law: Law, gumbel: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, W] = argmax(log p + G), and by how much [B, W] the best score exceeds the second one.
+
+    Of a greedy law, which has one token whatever the noise, the margin is that of the scores before.
+    """
+    if law.ungreedy is None:
+        noisy = law.scores + gumbel()
         best, tokens = noisy.max(dim=-1)
-        second = noisy.scatter_(-1, tokens[..., None], -torch.inf).amax(-1)
-        return _verdict(step, draft, tokens, tokens[:, :-1] == draft.tokens, near_tie=best - second < NEAR_TIE)
+    else:
+        noisy, tokens = law.ungreedy.clone(), law.scores.argmax(-1)
+        best = noisy.gather(-1, tokens[..., None])[..., 0]
+    return tokens, best - noisy.scatter_(-1, tokens[..., None], -torch.inf).amax(-1)
 
 
 @dataclass

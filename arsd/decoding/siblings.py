@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
-from arsd.decoding.rules import NEAR_TIE, SeedExact
+from arsd.decoding.rules import NEAR_TIE, SeedExact, decided
 from arsd.decoding.trees import TreeShape, TreeTables, tables
 from arsd.decoding.types import Draft, Outcome, Step, Verdict
 from arsd.errors import StrategyError
@@ -106,11 +106,10 @@ class SeedExactTree:
         """See :class:`arsd.decoding.types.Rule`."""
         if draft.tree is None:  # which also gives the slots behind the first refusal their tokens
             return SeedExact().verify(step, law, draft)
-        walk, scores = _Walk(step, draft), law.scores
-        gumbel = step.token_gumbel(scores.shape[-1], scores.dtype)[:, walk.tables.depths]
-        noisy = scores + gumbel
-        best, tokens = noisy.max(dim=-1)
-        near_tie = best - noisy.scatter_(-1, tokens[..., None], -torch.inf).amax(-1) < NEAR_TIE
+        walk = _Walk(step, draft)
+        vocab, dtype = law.scores.shape[-1], law.scores.dtype
+        tokens, margin = decided(law, lambda: step.token_gumbel(vocab, dtype)[:, walk.tables.depths])
+        near_tie = margin < NEAR_TIE
         batch = torch.arange(len(tokens), device=tokens.device)
         tested = torch.zeros_like(walk.going)
         for depth in range(walk.depth):

@@ -21,7 +21,9 @@ class DecodeStats:
     Args:
         forward_passes: passes of the big model after the prefill (one pass serves the whole batch).
         prefill_passes: passes that only fed conditions.
-        pass_tokens: tokens per row in every pass.
+        pass_tokens: tokens per row in every pass (in the longest, where a controller varies it).
+        pass_shapes: tokens per row of a pass -> how many passes had it.
+        rechecked: near-ties that were decided again, each in a pass of one token (a pass serves the whole batch).
         batch: rows in every pass.
         tokens: committed tokens of each picture.
         row_passes: passes that committed tokens of each picture.
@@ -36,6 +38,8 @@ class DecodeStats:
     forward_passes: int = 0
     prefill_passes: int = 0
     pass_tokens: int = 1
+    pass_shapes: Counter[int] = field(default_factory=Counter)
+    rechecked: int = 0
     batch: int = 1
     tokens: list[int] = field(default_factory=list)
     row_passes: list[int] = field(default_factory=list)
@@ -44,12 +48,20 @@ class DecodeStats:
     near_ties: list[int] = field(default_factory=list)
     expected_changed_tokens: list[float] = field(default_factory=list)
 
-    def add_pass(self, committed: list[tuple[int, int]]) -> None:
-        """Count a pass that committed tokens: (picture, how many)."""
+    def add_pass(self, committed: list[tuple[int, int]], width: int) -> None:
+        """Count a pass of ``width`` tokens per row that committed tokens: (picture, how many)."""
         self.forward_passes += 1
+        self.pass_shapes[width] += 1
         for picture, count in committed:
             self.row_passes[picture] += 1
             self.accepted_lengths[count] += 1
+
+    def add_rechecks(self, rows: int) -> None:
+        """Count a pass of one token in which ``rows`` near-ties were decided again; no pass when there are none."""
+        if rows:
+            self.forward_passes += 1
+            self.pass_shapes[1] += 1
+            self.rechecked += rows
 
     def of_picture(self, picture: int) -> DecodeStats:
         """What concerns one picture: the shape of its passes and how many it took part in."""
@@ -83,6 +95,8 @@ class DecodeStats:
             "forward_passes": self.forward_passes,
             "prefill_passes": self.prefill_passes,
             "pass_tokens": self.pass_tokens,
+            "pass_shapes": {str(k): v for k, v in sorted(self.pass_shapes.items())},
+            "rechecked": self.rechecked,
             "batch": self.batch,
             "tokens": self.tokens,
             "row_passes": self.row_passes,

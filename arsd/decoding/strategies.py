@@ -24,6 +24,7 @@ from arsd.decoding.types import DraftModel, FixedWindow, Parts, Rule
 from arsd.errors import StrategyError
 
 if TYPE_CHECKING:
+    from arsd.decoding.costs import PassCosts
     from arsd.profile import Profile
 
 
@@ -37,7 +38,9 @@ class Setting:
     ``profile`` is what was measured of the model on this kind of device; ``laws`` make the law of a draft model's logits;
     ``codebook`` [V, C] are the vectors of the image codes; ``draft_model`` makes the call's own draft model
     (:class:`arsd.decoding.types.DraftModel`) for a window; ``given`` [M, F] are the tokens that pictures begin with.
-    ``window`` and ``rule`` are what a strategy tells the drafter that it builds.
+    ``prompt`` [M, K] are the ids of a text before its first token, -1 where there is none (padding); ``None`` where the
+    condition is no text. ``costs`` say what passes cost, by the sizes of the model. ``window`` and ``rule`` are what a
+    strategy tells the drafter that it builds.
     """
 
     batch: int
@@ -51,6 +54,8 @@ class Setting:
     codebook: torch.Tensor | None = None
     draft_model: Callable[[int], DraftModel] | None = None
     given: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
+    costs: PassCosts | None = None
     window: int = 1
     rule: Rule | None = None
 

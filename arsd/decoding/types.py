@@ -145,6 +145,7 @@ class Target(Protocol):
     dtype: torch.dtype
     unread: int  # condition slots that are read before the first token's pass
     first: int  # tokens of each picture that are given
+    active: Sequence[int]  # rows that are not finished; told by the loop before each pass
 
     def prefill(self, starts: list[int], pass_tokens: int) -> int:
         """Let rows with a length below ``first`` read; the others stay as they are. Returns the passes taken."""
@@ -224,7 +225,11 @@ class TreeDraftModel(DraftModel, Protocol):
 
 
 class Controller(Protocol):
-    """How many guesses to make."""
+    """How many guesses to make.
+
+    Optional: ``pass_tokens()``, called after ``window()``: tokens of this pass, at least the window (or the columns of the
+    tree that the drafter makes in it) and at most ``Parts.pass_tokens``, which is what a pass takes without it.
+    """
 
     def window(self) -> int:
         """Slots of the next pass: the last committed token and the guesses after it."""
@@ -258,6 +263,11 @@ class Parts:
     controller: Controller
     pass_tokens: int
 
+    def width(self) -> int:
+        """Tokens of the next pass, after ``controller.window()``."""
+        asked = getattr(self.controller, "pass_tokens", None)
+        return self.pass_tokens if asked is None else int(asked())
+
 
 @dataclass
 class Round:
@@ -280,6 +290,7 @@ class DecodeRequest:
         given: [M, F] tokens that each picture begins with (F < N); they are read, not decoded, and returned with the others.
         end_tokens: ids that end a picture (or text) where they are committed.
         row_length: tokens per line of the picture, for the spatial initialisers.
+        recheck: decide tokens whose best two scores lie nearer than this again (:func:`arsd.decoding.recheck.recheck`).
         log_probs: also return each token's log-probability and the entropy of its law.
         trace: also return every :class:`Round`.
         on_commit: called after each pass with the number of newly committed tokens and the tokens so far [M, N]; returns
@@ -293,6 +304,7 @@ class DecodeRequest:
     row_length: int = 0
     given: Tensor | None = None
     end_tokens: Sequence[int] = ()
+    recheck: float | None = None
     log_probs: bool = False
     trace: bool = False
     on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)

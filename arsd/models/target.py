@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -64,6 +64,7 @@ class DecoderTarget:
             condition = torch.cat([condition, embed(given).to(self.dtype).expand(self.streams, -1, -1, -1)], dim=2)
         self.condition, self.padding = condition, padding if padding is not None and bool(padding.any()) else None
         self.pictures = torch.arange(self.batch, device=self.device)  # the picture of each row
+        self.active: Sequence[int] = range(self.batch)
         self._slots = torch.arange(max(max_pass_tokens, condition.shape[2]), device=self.device)
         self._shift = None if count_padding or self.padding is None else self._padded(range(self.batch))
         self.cache = self._make_cache(self.prefix + num_tokens + max_pass_tokens)
