@@ -19,6 +19,7 @@ _LAZY = {
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
     "CoolSD": "arsd.decoding.relaxed_strategies",
+    "EXP3Spec": "arsd.decoding.bandit_strategies",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
     "GenerateFnOutput": "arsd.generation",
@@ -26,15 +27,22 @@ _LAZY = {
     "Hybrid": "arsd.decoding.model_strategies",
     "Lantern": "arsd.decoding.relaxed_strategies",
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
+    "LayerSkip": "arsd.decoding.layer_skip",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
     "LuminaMGPTPipeline": "arsd.pipelines.lumina_mgpt",
+    "PromptLookup": "arsd.decoding.lookup",
+    "PassCosts": "arsd.decoding.costs",
     "PublishedCoolSD": "arsd.decoding.relaxed_strategies",
     "SJD": "arsd.decoding.strategies",
     "SmallARDrafter": "arsd.decoding.small_ar",
+    "SparseToDense": "arsd.decoding.sparse_to_dense",
     "Speculative": "arsd.decoding.speculative",
+    "TokenRecycling": "arsd.decoding.recycling",
+    "UCBSpec": "arsd.decoding.bandit_strategies",
     "VQGANTokenizer": "arsd.tokenizers.vqgan",
     "VQTokenizer": "arsd.tokenizers.vq",
+    "VideoLLMPipeline": "arsd.pipelines.video_llm",
     "generate_fn": "arsd.generation",
     "parse_strategy": "arsd.decoding.strategies",
     "save_png": "arsd.provenance",
@@ -45,10 +53,16 @@ _LAZY = {
 __all__ = sorted(_LAZY)
 
 if TYPE_CHECKING:
+    from arsd.decoding.bandit_strategies import EXP3Spec, UCBSpec
+    from arsd.decoding.costs import PassCosts
+    from arsd.decoding.layer_skip import LayerSkip
+    from arsd.decoding.lookup import PromptLookup
     from arsd.decoding.model_strategies import Eagle, Hybrid
+    from arsd.decoding.recycling import TokenRecycling
     from arsd.decoding.registry import register_drafter, register_rule
     from arsd.decoding.relaxed_strategies import CoolSD, GroupedSD, Lantern, LanternPlusPlus, PublishedCoolSD
     from arsd.decoding.small_ar import SmallARDrafter
+    from arsd.decoding.sparse_to_dense import SparseToDense
     from arsd.decoding.speculative import Speculative
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
     from arsd.errors import ArsdError
@@ -60,6 +74,7 @@ if TYPE_CHECKING:
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
     from arsd.pipelines.outputs import ARPipelineOutput
+    from arsd.pipelines.video_llm import VideoLLMPipeline
     from arsd.provenance import save_png
     from arsd.tokenizers.vq import VQTokenizer
     from arsd.tokenizers.vqgan import VQGANTokenizer

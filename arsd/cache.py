@@ -82,6 +82,8 @@ class RowCache(Cache):
         places: the device of each layer's entries; ``None`` or too few: ``device``.
     """
 
+    layer_class = RowCacheLayer
+
     def __init__(
         self,
         num_layers: int,
@@ -97,7 +99,7 @@ class RowCache(Cache):
         device = torch.device(device)
         shape = (batch, heads, size, head_dim)
         places = places if places and len(places) == num_layers else [device] * num_layers
-        layers: list[Any] = [RowCacheLayer(shape, dtype, place, self) for place in places]
+        layers: list[Any] = [self.layer_class(shape, dtype, place, self) for place in places]
         super().__init__(layers=layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.zeros(0, dtype=torch.int64, device=device)
@@ -106,7 +108,7 @@ class RowCache(Cache):
         self.attended = size
         self._size, self._hidden = size, hidden
         self._every_slot = torch.arange(size, device=device)
-        self._row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
+        self.row_base = (torch.arange(batch * heads, device=device) * size).view(batch, heads, 1)
         self._mask, self._later = torch.empty(0, dtype=dtype, device=device), torch.empty(0, dtype=torch.bool, device=device)
 
     def begin(self, num_tokens: int, idle: Tensor | None = None, attended: int | None = None) -> tuple[Tensor, Tensor]:
@@ -125,7 +127,7 @@ class RowCache(Cache):
         if idle is not None:
             positions = torch.where(idle[:, None], self.lengths[:, None], positions)
         self.places = positions
-        self.slots, self._slots_elsewhere = (self._row_base + positions[:, None]).flatten(), {}
+        self.slots, self._slots_elsewhere = (self.row_base + positions[:, None]).flatten(), {}
         batch = len(self.lengths)
         shape = (batch * num_tokens, self.attended)
         if self._mask.shape != shape:
@@ -159,7 +161,7 @@ class RowCache(Cache):
     def compact(self, source: Tensor) -> None:
         """Move entries of the pass in progress: column i + 1 becomes what column ``source[:, i]`` [B, D] is now."""
         columns = torch.arange(1, 1 + source.shape[1], device=source.device)
-        into, out_of = ((self._row_base + (self.lengths[:, None] + x)[:, None]).flatten() for x in (columns, source))
+        into, out_of = ((self.row_base + (self.lengths[:, None] + x)[:, None]).flatten() for x in (columns, source))
         for layer in self.layers:
             for entries in (cast(Any, layer).keys, cast(Any, layer).values):
                 flat, there = entries.view(-1, entries.shape[-1]), entries.device

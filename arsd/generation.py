@@ -17,9 +17,12 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from arsd.decoding import SJD, CounterNoise, DecodeRequest, DecodeStats, DecodingStrategy, Setting, decode, parse_strategy
-from arsd.decoding.laws import Grammar, LawConfig, Laws
+from arsd.decoding.costs import PassCosts
+from arsd.decoding.laws import Grammar
+from arsd.decoding.options import number
 from arsd.errors import InputError, StrategyError
-from arsd.generation_parts import ModelTarget, NoNoise, ProcessedLaws, Prompt, Text, layout_of
+from arsd.generation_laws import DraftLaws, NoNoise, ProcessedLaws
+from arsd.generation_parts import ModelTarget, Prompt, Text, layout_of
 
 STATEFUL = (
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -44,7 +47,9 @@ class GenerateFnOutput(GenerateDecoderOnlyOutput):
     stats: DecodeStats | None = None
 
 
-def generate_fn(strategy: DecodingStrategy | str | None = None, *, streamer: Any = None) -> GenerateFn:
+def generate_fn(
+    strategy: DecodingStrategy | str | None = None, *, streamer: Any = None, recheck: float | None = None
+) -> GenerateFn:
     """A callable for ``custom_generate=`` of transformers' ``generate()``, for decoder-only models.
 
     ``model.generate(**inputs, custom_generate=arsd.generate_fn("sjd:window=16"), max_new_tokens=100)`` gives what plain
@@ -68,9 +73,12 @@ def generate_fn(strategy: DecodingStrategy | str | None = None, *, streamer: Any
         strategy: a decoding strategy without a draft model, or its text as on the command line; ``SJD()`` by default.
         streamer: gets the prompt and then every token as soon as it is committed, one by one (batches of one row only). It
             must be given here, not to ``generate()``.
+        recheck: for reduced precision: tokens whose two best scores lie nearer than this are decided again in a pass of one
+            token, as plain decoding decides them (:func:`arsd.decoding.recheck.recheck`); seed-exact strategies only. 0.1
+            is far more than bfloat16 rounds; ``None``: near-ties are only counted.
 
     Raises:
-        StrategyError: for a strategy that there is not.
+        StrategyError: for a strategy that there is not, or that ``recheck`` does not go with.
     """
     if isinstance(strategy, str):
         strategy = parse_strategy(strategy)
@@ -78,14 +86,19 @@ def generate_fn(strategy: DecodingStrategy | str | None = None, *, streamer: Any
         raise StrategyError(
             f"generate_fn takes a strategy such as arsd.SJD(window=16), or 'sjd:window=16', not {strategy!r}"
         )
-    return GenerateFn(strategy or SJD(), streamer)
+    strategy = strategy or SJD()
+    if recheck is not None:
+        number("recheck", recheck, 0, otherwise=" or None")
+        if not strategy.seed_exact:
+            raise StrategyError(f"recheck goes with seed-exact strategies, which {str(strategy)!r} is not")
+    return GenerateFn(strategy, streamer, recheck)
 
 
 class GenerateFn:
     """See :func:`generate_fn`. It holds no state of a call."""
 
-    def __init__(self, strategy: DecodingStrategy, streamer: Any = None) -> None:
-        self.strategy, self.streamer = strategy, streamer
+    def __init__(self, strategy: DecodingStrategy, streamer: Any = None, recheck: float | None = None) -> None:
+        self.strategy, self.streamer, self.recheck = strategy, streamer, recheck
 
     def __repr__(self) -> str:
         """As it is made."""
@@ -155,8 +168,19 @@ class GenerateFn:
         layout, rows, device = layout_of(model, prompt), len(ids), ids.device
         grammar = Grammar(num_tokens, layout.vocab, device=device)
         noise = (CounterNoise if config.do_sample else NoNoise)([seed] * rows, range(rows), device)
-        draft = {"laws": Laws(LawConfig(), grammar), "draft_model": self._no_draft_model}
-        parts = self.strategy.build(Setting(rows, num_tokens, 0, grammar, noise, device, **draft))  # type: ignore[arg-type]
+        setting = Setting(
+            rows,
+            num_tokens,
+            0,
+            grammar,
+            noise,
+            device,
+            laws=DraftLaws(processors, grammar, not config.do_sample, scale),
+            draft_model=self._no_draft_model,
+            prompt=_known_ids(ids, prompt),
+            costs=PassCosts.of_model(model, rows * len(prompt.embeds), prompt.embeds.shape[2]),
+        )
+        parts = self.strategy.build(setting)
         text = Text(ids, num_tokens, parts.pass_tokens)
         laws = ProcessedLaws(processors, text, grammar, not config.do_sample, scale)
         if laws.reading and getattr(parts.drafter, "tree", None) is not None:
@@ -164,7 +188,9 @@ class GenerateFn:
         target = ModelTarget(model, layout, prompt, num_tokens, parts.pass_tokens, text)
         watch = self._watch(text, config, criteria)
         ends = {int(x) for c in criteria if type(c) is EosTokenCriteria for x in c.eos_token_id.flatten()}
-        request = DecodeRequest(num_tokens, end_tokens=sorted(ends), on_commit=watch)
+        if self.recheck is not None and getattr(parts.drafter, "tree", None) is not None:
+            raise StrategyError(f"recheck goes with chains of guesses, not with the trees of {self.strategy}")
+        request = DecodeRequest(num_tokens, end_tokens=sorted(ends), recheck=self.recheck, on_commit=watch)
         result = decode(target, parts, laws, noise, request, rows)
         tokens, result.stats.tokens = watch.finished(result.tokens, result.stats.tokens)
         if config.do_sample and any(bool(laws.nothing[b, :n].any()) for b, n in enumerate(result.stats.tokens)):
@@ -324,6 +350,12 @@ def _prompt_of(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> P
     extras = {k: v for k, v in model_kwargs.items() if k not in READ_HERE and v is not None and not _is_nothing(v)}
     positions = positions.expand(*positions.shape[:-2], rows, length)
     return Prompt(embeds[None], _checked_padding(padding)[None], positions, None if ids is None else ids[None], extras)
+
+
+def _known_ids(ids: Tensor, prompt: Prompt) -> Tensor:
+    """[M, K] ids of the prompt, -1 where it is padded."""
+    hidden = prompt.padding[0, :, prompt.padding.shape[2] - ids.shape[1] :] if ids.shape[1] else ids.bool()
+    return ids.masked_fill(hidden, -1) if hidden.shape == ids.shape else ids
 
 
 def _is_nothing(value: Any) -> bool:

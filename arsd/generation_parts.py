@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,44 +11,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import logits_process as hf
 
 from arsd.cache import RowCache
-from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
-from arsd.decoding.noise import CounterNoise
 from arsd.decoding.trees import TreeShape
 from arsd.errors import InputError
+from arsd.models.attention import Observer, observed
 from arsd.models.target import DecoderTarget
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}  # of the self-check, relative; 0.1 in shorter dtypes
-OF_SCORES: set[type] = {
-    hf.TemperatureLogitsWarper,
-    hf.TopHLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-    hf.SuppressTokensLogitsProcessor,
-}
-OF_ANY_TEXT: set[type] = {  # they read the text, and take any text
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.RepetitionPenaltyLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.NoRepeatNGramLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.SequenceBiasLogitsProcessor,
-    hf.NoBadWordsLogitsProcessor,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-    hf.WatermarkLogitsProcessor,
-}
 
 
 @dataclass
@@ -84,13 +55,9 @@ class Text:
         self.lengths = torch.zeros(len(prompt), dtype=torch.int64, device=prompt.device)  # committed tokens
         self.starts, self.moving = [-1] * len(prompt), list(range(len(prompt)))
 
-    def drafted(self, tokens: Tensor, lengths: Tensor, starts: list[int]) -> None:
-        """A pass reads [last committed token, guesses, padding] = ``tokens`` [M, T] of every row.
-
-        A row that has not moved since the last pass is finished: every other one commits a token at least.
-        """
-        self.moving = [b for b, n in enumerate(starts) if n > self.starts[b]]
-        self.starts = list(starts)
+    def drafted(self, tokens: Tensor, lengths: Tensor, starts: list[int], active: Sequence[int]) -> None:
+        """A pass reads [last committed token, guesses, padding] = ``tokens`` [M, T] of every row; some are ``active``."""
+        self.starts, self.moving = list(starts), list(active)
         columns = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         self.ids.scatter_(1, self.known + lengths[:, None] + columns, tokens[:, 1:])
 
@@ -120,12 +87,16 @@ class ModelTarget(DecoderTarget):
         num_tokens: N, new tokens per row.
         max_pass_tokens: the longest pass.
         text: is told the ids of every pass.
+
+    Attributes:
+        observer: looks on in the passes (:func:`arsd.models.attention.observed`), while there is one.
     """
 
     def __init__(
         self, model: Any, layout: Layout, prompt: Prompt, num_tokens: int, max_pass_tokens: int, text: Text | None = None
     ) -> None:
         self.model, self.layout, self.prompt, self.text = model, layout, prompt, text
+        self.observer: Observer | None = None
         behind = torch.arange(1, num_tokens + max_pass_tokens + 1, device=prompt.positions.device)
         behind = prompt.positions[..., -1:] + behind.clamp_max(num_tokens)  # the padding of a pass goes no further
         self._told = torch.cat([prompt.positions, behind], dim=-1)
@@ -153,7 +124,7 @@ class ModelTarget(DecoderTarget):
             self.rollback(torch.tensor(starts, device=self.device))
             ids = self.prompt.ids
             fed = {"inputs_embeds": self.condition.flatten(0, 1)} if ids is None else {"input_ids": ids.flatten(0, 1)}
-            self._call(*self.cache.begin(self.prefix), {**fed, **self.prompt.extras})
+            self._observed(*self.cache.begin(self.prefix), {**fed, **self.prompt.extras})
             return 1
         finally:
             self._keep = {}
@@ -161,7 +132,7 @@ class ModelTarget(DecoderTarget):
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """See :class:`arsd.decoding.types.Target`."""
         if self.text is not None:
-            self.text.drafted(tokens, lengths, starts)
+            self.text.drafted(tokens, lengths, starts, self.active)
         return super().forward(tokens, lengths, starts, tree)
 
     def rollback(self, lengths: Tensor) -> None:
@@ -170,12 +141,32 @@ class ModelTarget(DecoderTarget):
         if self.text is not None:
             self.text.lengths = lengths
 
-    def _pass(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return self._call(positions, mask, {"inputs_embeds": embeds.reshape(-1, *embeds.shape[2:])})
+    def pass_over(self, cache: RowCache, tokens: Tensor, lengths: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """A pass of guesses over another cache of the same model; logits [S, M, T, V].
 
-    def _call(self, positions: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        Args:
+            cache: aimed at the pass.
+            tokens: [M, T] guesses; in the place of the first one behind the prompt, the last token of the prompt is read.
+            lengths: [M] tokens known before.
+            positions: [S * M, T] of the tokens, counted from the last token of the prompt on.
+            mask: what they attend to, as :meth:`arsd.cache.RowCache.begin` gives it.
+        """
+        embeds = self._with_condition(self.embed(tokens).to(self.dtype).expand(self.streams, -1, -1, -1), lengths)
+        inputs = {"inputs_embeds": embeds.reshape(-1, *embeds.shape[2:])}
+        logits = self._call(positions + self.unread, mask, inputs, cache)
+        return logits.view(self.streams, self.batch, *logits.shape[1:])
+
+    def _pass(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        inputs = {"inputs_embeds": embeds.reshape(-1, *embeds.shape[2:])}
+        return self._observed(positions, mask, inputs)
+
+    def _observed(self, positions: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        with nullcontext() if self.observer is None else observed(self.model, self.observer):
+            return self._call(positions, mask, inputs, self.cache)
+
+    def _call(self, positions: Tensor, mask: Tensor, inputs: dict[str, Any], cache: RowCache) -> Tensor:
         told = self._told.gather(-1, positions.expand(*self._told.shape[:-1], -1))
-        where = {"attention_mask": mask, "position_ids": told, "past_key_values": self.cache}
+        where = {"attention_mask": mask, "position_ids": told, "past_key_values": cache}
         out = self.model(**inputs, **where, use_cache=True, return_dict=True, **self._keep)
         return cast(Tensor, out.logits).to(self.device)
 
@@ -264,95 +255,3 @@ def _compare(model: Any, logits: Tensor, reference: Tensor, what: str) -> None:
             f"{type(model).__name__} gives other logits for {what} than in its own generate (off by {error:.1e} of their "
             "spread): this kind of model is not supported, or it is not in eval mode"
         )
-
-
-class NoNoise(CounterNoise):
-    """For greedy decoding: an arg-max needs no noise, which costs time where the vocabulary is large."""
-
-    def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
-        """Nothing to prepare."""
-
-    def token_gumbel(self, positions: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-        """Zeros [B, W, vocab]."""
-        return torch.zeros((), dtype=dtype, device=positions.device).expand(*positions.shape, vocab)
-
-
-class ProcessedLaws(Laws):
-    """The laws that transformers' logits processors make of the logits: float32, in the order of the list.
-
-    Processors that look at scores only, at the end of the list, see all slots at once. All others are called once for every
-    length of text in the window, with the whole batch: prompt, committed tokens and the guesses before the slot. A row
-    that has no slot of that length shows the text of one that has. A guess that a constraint forbids is never taken by a
-    lossless rule; where a processor may not bear such a text, it sees the likeliest token in its place.
-
-    Args:
-        processors: transformers' list.
-        text: what they see.
-        grammar: allows everything.
-        greedy: take the most likely token.
-        cfg_scale: s of ``u + s (c - u)`` on log-probabilities, as transformers' guidance has it.
-
-    Attributes:
-        nothing: [M, N + overhang] positions at which the processors left no token at all.
-    """
-
-    def __init__(self, processors: list[Any], text: Text, grammar: Grammar, greedy: bool, cfg_scale: float) -> None:
-        super().__init__(LawConfig(temperature=0.0 if greedy else 1.0), grammar)
-        self.text, self.cfg_scale = text, cfg_scale
-        split = 1 + max((i for i, p in enumerate(processors) if type(p) not in OF_SCORES), default=-1)
-        self.reading: Any = hf.LogitsProcessorList([self._for_some_rows(p) for p in processors[:split]])
-        self.tail: Any = hf.LogitsProcessorList(processors[split:])
-        self.guarded = any(type(p) not in OF_SCORES | OF_ANY_TEXT for p in processors[:split])
-        self.unproven, self.rows = self.guarded, list(range(len(text.ids)))
-        self.nothing = torch.zeros_like(text.ids[:, text.known :], dtype=torch.bool)
-
-    def __call__(self, logits: Tensor, positions: Tensor) -> Law:
-        """See :class:`arsd.decoding.laws.Laws`."""
-        scores = logits[0].to(torch.float32, copy=True)
-        if len(logits) == 2:
-            scores, other = scores.log_softmax(-1), logits[1].float().log_softmax(-1)
-            scores = self.cfg_scale * (scores - other) + other
-        if self.reading:
-            self._read(scores)
-        if self.tail:
-            slots = scores.flatten(0, 1)
-            scores = self.tail(positions.reshape(-1, 1), slots).view_as(scores)
-        empty = scores.amax(-1) == -torch.inf  # perhaps behind a guess that is refused; if it is not, see the caller
-        self.nothing.scatter_(1, positions, empty)
-        scores[..., 0].masked_fill_(empty, 0.0)  # as the arg-max of nothing has it
-        return super().__call__(scores[None], positions)
-
-    def _read(self, scores: Tensor) -> None:
-        """Apply the processors that read the text to ``scores`` [M, W, V], in place."""
-        text, width, every = self.text, scores.shape[1], range(len(scores))
-        ids = text.ids.clone() if self.guarded else text.ids
-        for n in sorted({text.starts[b] + j for b in text.moving for j in range(width)}):
-            if n >= text.num_tokens:
-                break
-            self.rows = [b for b in text.moving if 0 <= n - text.starts[b] < width]
-            shown = [b if b in self.rows else self.rows[0] for b in every]
-            slots = [n - text.starts[b] for b in shown]
-            seen = ids[shown, : text.known + n]
-            out = self._judged(seen, scores[shown, slots])[self.rows]
-            scores[self.rows, [slots[b] for b in self.rows]] = out
-            if self.guarded:
-                guess = ids[self.rows, text.known + n]
-                allowed = out.gather(1, guess[:, None])[:, 0] > -torch.inf
-                ids[self.rows, text.known + n] = torch.where(allowed, guess, out.argmax(-1))
-
-    def _judged(self, ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.unproven:
-            return self.reading(ids, scores)
-        self.unproven = False
-        first, second = (self.reading(ids, scores.clone()).float() for _ in range(2))
-        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
-            names = ", ".join(type(p).__name__ for p in self.reading if type(p) not in OF_SCORES | OF_ANY_TEXT)
-            raise InputError(f"a logits processor gave two answers for one text: of {names}, none may remember its calls")
-        return first
-
-    def _for_some_rows(self, processor: Any) -> Any:
-        """A constraint is asked for the rows that need it only."""
-        if type(processor) is not hf.PrefixConstrainedLogitsProcessor:
-            return processor
-        allowed = processor._prefix_allowed_tokens_fn
-        return hf.PrefixConstrainedLogitsProcessor(lambda b, ids: allowed(b, ids) if b in self.rows else [0], 1)

@@ -1,4 +1,6 @@
-"""``arsd train data | vq | target | drafter | scorer``: make emoji-128, its drafter and the scorer of its pictures.
+"""``arsd train data | vq | target | drafter | scorer | clips | video-chat``: make the models that ship.
+
+emoji-128, its drafter and the scorer of its pictures come from the first five, emoji-video-chat from the last two.
 
 Each stage resumes where it stopped.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """Add the command and its stages."""
-    parser = commands.add_parser("train", help="train the shipped model from scratch", description=__doc__)
+    parser = commands.add_parser("train", help="train the shipped models from scratch", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     data = stages.add_parser("data", help="fetch and split the emoji pictures")
     data.add_argument("--source", metavar="TGZ", help="the npm archive; fetched with npm when not given")
@@ -56,6 +58,22 @@ def add_parser(commands: Any) -> None:
     scorer.add_argument("--keywords", type=Path, metavar="TGZ", help="npm archive of the keywords (default: fetched)")
     scorer.add_argument("--drawings", type=Path, metavar="TGZ", help="npm archive of further pictures (default: fetched)")
     scorer.set_defaults(run=run_scorer)
+    _add_video_stages(stages)
+
+
+def _add_video_stages(stages: Any) -> None:
+    clips = stages.add_parser("clips", help="fetch, decode and split the animated emoji")
+    clips.add_argument("--source", type=Path, metavar="DIR", help="folder with the four npm archives (default: fetched)")
+    clips.add_argument("--keywords", type=Path, metavar="TGZ", help="npm archive of emojilib (default: fetched)")
+    clips.add_argument("--groups", type=Path, metavar="TGZ", help="npm archive of unicode-emoji-json (default: fetched)")
+    clips.add_argument("--out", type=Path, default=Path("runs/clips"))
+    clips.set_defaults(run=run_clips)
+    chat = stages.add_parser("video-chat", help="train emoji-video-chat, which tells what happens in a clip")
+    chat.add_argument("--clips", type=Path, default=Path("runs/clips"))
+    chat.add_argument("--out", type=Path, default=Path("runs/video-chat"))
+    chat.add_argument("--minutes", type=float, default=78)
+    chat.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
+    chat.set_defaults(run=run_video_chat)
 
 
 def run_data(arguments: argparse.Namespace) -> int:
@@ -138,4 +156,25 @@ def run_scorer(arguments: argparse.Namespace) -> int:
     material = prepare_material(data, arguments.out / "material.pt", size.text_width, **sources)
     train_scorer(data, material, arguments.out, minutes=arguments.minutes, size=size)
     print(f"scorer in {arguments.out / 'scorer'}/")
+    return 0
+
+
+def run_clips(arguments: argparse.Namespace) -> int:
+    """Stage ``clips``."""
+    from arsd.training.clips import build_clips
+
+    data = build_clips(arguments.out, arguments.source, arguments.keywords, arguments.groups)
+    held_out = data.indices(True)
+    print(f"{len(data.info)} clips of {len({clip.concept for clip in data.info})} concepts in {arguments.out}/")
+    concepts = len({data.info[index].concept for index in held_out})
+    print(f"held out: {len(held_out)} clips of {concepts} concepts, in {arguments.out / 'held-out'}/")
+    return 0
+
+
+def run_video_chat(arguments: argparse.Namespace) -> int:
+    """Stage ``video-chat``."""
+    from arsd.training.video_chat import train_video_chat
+
+    folder = train_video_chat(arguments.clips, arguments.out, minutes=arguments.minutes, init=arguments.init)
+    print(f"model in {folder}/")
     return 0

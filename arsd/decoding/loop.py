@@ -197,7 +197,9 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             law = laws(logits[:, :, : positions.shape[1]], positions)
             verdict = parts.rule.verify(step, law, draft)
             if request.recheck is not None:
-                again = recheck(request.recheck, step, law, verdict, target, laws, rows.feed(draft.tokens, 1), rows.lengths)
+                again = recheck(
+                    request.recheck, step, law, verdict, target, laws, rows.feed(draft.tokens[:, :0], 1), rows.lengths
+                )
                 stats.add_rechecks(again)
             faults = (~law.finite() & active_laws).any(1).long()
             if draft.broken is not None:
@@ -234,6 +236,8 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
     watch.close()
     stats.tokens, stats.near_ties = [n - rows.first for n in rows.done], rows.near_ties.tolist()
     stats.expected_changed_tokens = rows.changed.tolist()
+    if hasattr(parts.controller, "pulls"):
+        stats.arms = parts.controller.pulls()
     log_probs, entropies = (rows.log_probs[:, :-1], rows.entropies[:, :-1]) if request.log_probs else (None, None)
     return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)
 

@@ -24,6 +24,7 @@ class DecodeStats:
         pass_tokens: tokens per row in every pass (in the longest, where a controller varies it).
         pass_shapes: tokens per row of a pass -> how many passes had it.
         rechecked: near-ties that were decided again, each in a pass of one token (a pass serves the whole batch).
+        arms: rounds that each arm decoded, where a controller chooses among strategies.
         batch: rows in every pass.
         tokens: committed tokens of each picture.
         row_passes: passes that committed tokens of each picture.
@@ -40,6 +41,7 @@ class DecodeStats:
     pass_tokens: int = 1
     pass_shapes: Counter[int] = field(default_factory=Counter)
     rechecked: int = 0
+    arms: dict[str, int] = field(default_factory=dict)
     batch: int = 1
     tokens: list[int] = field(default_factory=list)
     row_passes: list[int] = field(default_factory=list)
@@ -97,6 +99,7 @@ class DecodeStats:
             "pass_tokens": self.pass_tokens,
             "pass_shapes": {str(k): v for k, v in sorted(self.pass_shapes.items())},
             "rechecked": self.rechecked,
+            "arms": self.arms,
             "batch": self.batch,
             "tokens": self.tokens,
             "row_passes": self.row_passes,

@@ -1,0 +1,250 @@
+"""Which arm decodes the next round: UCBSpec and EXP3Spec (BanditSpec, arXiv 2505.15141). Numbers only: no model, no clock.
+
+An arm is a whole way to decode a round. Y tokens come of it, 1 .. L + 1, where L is the most guesses that it can have
+accepted. The paper counts rounds until the text ends, which is the same as tokens per round; arms of different cost are
+compared by tokens per second here, as the ratio of sums (renewal reward). With equal costs that is the paper's reward.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from arsd.decoding.costs import expected_tokens
+
+DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
+CHANCE = 0.6  # that a guess is taken, before anything is known
+TRUST = 1.0  # timed rounds that the cost model is worth
+SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
+
+
+def confidence_radius(pulls: float, rounds: float, arms: int, length: int, delta: float = DELTA) -> float:
+    """cr = L/2 sqrt((1 + n) / n^2 (1 + 2 log(K t^2 sqrt(1 + n) / delta))) of UCBSpec, in tokens.
+
+    Args:
+        pulls: n, rounds seen of the arm.
+        rounds: t, of all arms and the next one.
+        arms: K.
+        length: L.
+        delta: chance that the bound fails.
+    """
+    inside = 1 + 2 * math.log(arms * rounds**2 * math.sqrt(1 + pulls) / delta)
+    return length / 2 * math.sqrt((1 + pulls) / pulls**2 * max(0.0, inside))
+
+
+def learning_rate(rounds: float, arms: int) -> float:
+    """eta_t = sqrt(log K / (t K)) of EXP3Spec."""
+    return math.sqrt(math.log(arms) / (rounds * arms))
+
+
+def exponential_weights(losses: Sequence[float], rate: float) -> list[float]:
+    """p_i in proportion to exp(-eta sum of the estimated losses of arm i)."""
+    least = min(losses)
+    weights = [math.exp(-rate * (loss - least)) for loss in losses]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+@dataclass(frozen=True)
+class ArmFacts:
+    """What is known of an arm before its first round.
+
+    Args:
+        length: L; 0 of plain AR.
+        cost: of a round, by the cost model, in passes of plain AR.
+        drafter: arms of one number (0 or more) guess by one drafter, one after another: the guesses of the shorter arm are
+            the first ones of the longer arm. -1: a drafter of its own.
+    """
+
+    length: int
+    cost: float = 1.0
+    drafter: int = -1
+
+
+class Tally:
+    """What the rounds have shown, as sums of each arm that :meth:`discount` lets fade. It may outlive a call.
+
+    Attributes:
+        pulls: rounds that the arm has decoded.
+        seen: rounds whose Y is known for the arm, its own or those of a longer arm of its drafter.
+        tokens: their Y.
+        timed: rounds behind ``seconds``.
+        seconds: of the arm's rounds, its own or inferred.
+        losses: summed loss estimates of EXP3.
+        drawn: random choices so far, which does not fade.
+        warm: arms whose first round was seen. It is not timed: kernels of a new pass shape are still being chosen.
+        lock: held while the sums are read or changed.
+    """
+
+    def __init__(self, arms: int, warm: set[int] | None = None) -> None:
+        self.pulls, self.seen, self.tokens, self.timed, self.seconds, self.losses = ([0.0] * arms for _ in range(6))
+        self.drawn, self.warm, self.lock = 0, set[int]() if warm is None else warm, threading.Lock()
+
+    def discount(self, factor: float) -> None:
+        """Let all sums count for ``factor`` of what they did."""
+        for sums in (self.pulls, self.seen, self.tokens, self.timed, self.seconds, self.losses):
+            sums[:] = [factor * value for value in sums]
+
+
+class Bandit:
+    """Base: what both algorithms count. A subclass chooses.
+
+    Args:
+        facts: of every arm.
+        tally: sums to go on from; fresh ones by default.
+        scale: see the subclass.
+        clock: whether measured seconds count; else the costs are those of ``facts``.
+
+    Attributes:
+        draws: whether it chooses at random.
+    """
+
+    draws = False
+
+    def __init__(
+        self, facts: Sequence[ArmFacts], tally: Tally | None = None, scale: float = 1.0, clock: bool = True
+    ) -> None:
+        self.facts, self.scale, self.clock = list(facts), scale, clock
+        self.tally = Tally(len(self.facts)) if tally is None else tally
+
+    def choose(self, draw: float) -> int:
+        """The arm of the next round; ``draw`` is uniform on (0, 1), for those that need it."""
+        raise NotImplementedError
+
+    def learn(self, arm: int, counts: Sequence[int], seconds: float = 0.0, drafting: float = 0.0) -> None:
+        """A round is over.
+
+        Of a longer arm's block with m guesses accepted, a shorter one of the same drafter is known as well: it would have
+        got Y = min(m, L') + 1, and saved its share of the drafting.
+
+        Args:
+            arm: that decoded it.
+            counts: tokens that each row got.
+            seconds: that it took.
+            drafting: how many of them were drafting.
+        """
+        if not counts:
+            return
+        tally, length = self.tally, self.facts[arm].length
+        tally.pulls[arm] += 1
+        timed = self.clock and arm in tally.warm
+        tally.warm.add(arm)
+        for other in self._shown_by(arm):
+            most = self.facts[other].length
+            tokens = sum(min(count, most + 1) for count in counts) / len(counts)
+            tally.seen[other] += 1
+            tally.tokens[other] += tokens
+            if timed:
+                self._time(other, seconds - drafting * (1 - most / max(1, length)) if other != arm else seconds)
+            self._weigh(other, tokens)
+
+    @property
+    def rounds(self) -> float:
+        """t: rounds so far and the next one."""
+        return sum(self.tally.pulls) + 1
+
+    def mean_tokens(self, arm: int) -> float:
+        """Y of an arm that was seen."""
+        return self.tally.tokens[arm] / self.tally.seen[arm]
+
+    def cost(self, arm: int) -> float:
+        """Of a round: its mean seconds, which begin at what the cost model makes of those of all arms."""
+        if not self.clock:
+            return self.facts[arm].cost
+        tally = self.tally
+        model = sum(n * fact.cost for n, fact in zip(tally.timed, self.facts, strict=True))
+        unit = sum(tally.seconds) / model if model else 1.0
+        return (tally.seconds[arm] + TRUST * unit * self.facts[arm].cost) / (tally.timed[arm] + TRUST)
+
+    def _shown_by(self, arm: int) -> Iterator[int]:
+        """The arms whose Y a round of ``arm`` shows."""
+        fact = self.facts[arm]
+        for other, theirs in enumerate(self.facts):
+            if other == arm or (theirs.drafter == fact.drafter >= 0 and theirs.length <= fact.length):
+                yield other
+
+    def _time(self, arm: int, seconds: float) -> None:
+        tally = self.tally
+        if tally.timed[arm] >= 2:
+            seconds = min(seconds, SPIKE * tally.seconds[arm] / tally.timed[arm])
+        tally.timed[arm] += 1
+        tally.seconds[arm] += max(0.0, seconds)
+
+    def _weigh(self, arm: int, tokens: float) -> None:
+        """A round showed Y = ``tokens`` of the arm."""
+
+
+class UCB(Bandit):
+    """UCBSpec (arXiv 2505.15141): the arm with the highest upper bound of its tokens per second.
+
+    The bound is (mean Y + scale cr) / mean cost, and Y + scale cr is no more than L + 1. Every arm is seen and timed
+    before, the most promising by the cost model first. L is the arm's own, and at least 1: plain AR's Y is known, but not its cost.
+
+    Args:
+        facts: of every arm.
+        tally: sums to go on from.
+        scale: of the confidence radius; 1 is the paper's.
+        clock: whether measured seconds count.
+    """
+
+    def choose(self, draw: float = 0.0) -> int:
+        """See :class:`Bandit`; nothing is drawn."""
+        arms, tally = range(len(self.facts)), self.tally
+        fresh = [arm for arm in arms if not tally.seen[arm]]
+        if not fresh and self.clock:  # a first round is not timed
+            fresh = [arm for arm in arms if not tally.timed[arm]]
+        return max(fresh, key=self._promise) if fresh else max(arms, key=self.index)
+
+    def index(self, arm: int) -> float:
+        """The upper bound of an arm that was seen."""
+        longest = max(1, self.facts[arm].length)
+        radius = confidence_radius(self.tally.seen[arm], self.rounds, len(self.facts), longest)
+        return min(self.mean_tokens(arm) + self.scale * radius, longest + 1.0) / self.cost(arm)
+
+    def _promise(self, arm: int) -> float:
+        return expected_tokens(CHANCE, self.facts[arm].length) / self.facts[arm].cost
+
+
+class EXP3(Bandit):
+    """EXP3Spec (arXiv 2505.15141): an arm is drawn by exponential weights of importance-weighted losses, in any world.
+
+    The loss is (best - rate) / (best - worst), where rate = Y / mean cost of the arm, best the highest (L + 1) / cost of all
+    arms and worst the lowest 1 / cost: the paper's (L + 1 - Y) / L where costs and lengths are equal. It is divided by the
+    probability that the arm's Y was to be seen, which is p_i unless a longer arm shows it too (Alon et al. 2013).
+
+    Args:
+        facts: of every arm.
+        tally: sums to go on from.
+        scale: of the learning rate; 1 is the paper's.
+        clock: whether measured seconds count.
+    """
+
+    draws = True
+
+    def probabilities(self) -> list[float]:
+        """p_t of every arm."""
+        arms = len(self.facts)
+        return exponential_weights(self.tally.losses, self.scale * learning_rate(self.rounds, arms))
+
+    def choose(self, draw: float) -> int:
+        """See :class:`Bandit`."""
+        self._drawn_from = self.probabilities()
+        total = 0.0
+        for arm, p in enumerate(self._drawn_from):
+            total += p
+            if draw < total:
+                return arm
+        return len(self.facts) - 1
+
+    def loss(self, arm: int, tokens: float) -> float:
+        """Of a round with Y = ``tokens``, in [0, 1] while the mean costs hold."""
+        costs = [self.cost(other) for other in range(len(self.facts))]
+        best = max((fact.length + 1) / cost for fact, cost in zip(self.facts, costs, strict=True))
+        worst = min(1 / cost for cost in costs)
+        return (best - tokens / costs[arm]) / (best - worst) if best > worst else 0.0
+
+    def _weigh(self, arm: int, tokens: float) -> None:
+        seen = sum(p for other, p in enumerate(self._drawn_from) if arm in self._shown_by(other))
+        self.tally.losses[arm] += self.loss(arm, tokens) / seen
