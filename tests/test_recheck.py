@@ -39,16 +39,23 @@ def differences(models, strategy: str, recheck: float | None, **options) -> tupl
 
 @pytest.fixture(scope="module")
 def halves():
-    return [model_of(torch.bfloat16, seed, 256) for seed in range(6)]
+    return [model_of(torch.bfloat16, seed, 768) for seed in range(4)]
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.7, "seed": 3}])
-def test_in_bfloat16_near_ties_are_counted_and_deciding_them_again_gives_plain_decoding(halves, options):
+def test_in_bfloat16_near_ties_are_counted_and_passes_of_one_token_give_plain_decoding(halves, options):
+    """A margin that takes in every token leaves nothing of the wide passes: their entries are written anew, too."""
     strategy = "std:budget=8,draft_length=5"
     parted, ties, again = differences(halves, strategy, None, **options)
     assert parted > 0 and ties > 0 and again == 0  # else there is nothing to cure
-    cured, _, again = differences(halves, strategy, 0.1, **options)
-    assert cured < parted and cured <= 1 and again > 0
+    assert differences(halves, strategy, 1e9, **options)[0] == 0
+
+
+def test_a_margin_decides_a_share_of_the_tokens_again(halves):
+    """Entries before a near-tie still come from wide passes, so that a margin helps without being a promise."""
+    found = [differences(halves, "std:budget=8,draft_length=5", margin) for margin in (None, 0.1, 1.0)]
+    assert found[0][2] < found[1][2] < found[2][2] < 4 * 4 * NEW
+    assert found[2][0] < found[0][0]
 
 
 @pytest.mark.parametrize("strategy", ["sjd:window=6", "std:budget=8,draft_length=5", "prompt-lookup:draft_length=5"])

@@ -33,6 +33,8 @@ from arsd.errors import StrategyError
 
 OF_TEXTS = ("prompt-lookup", "token-recycling", *(f"std:draft_length={length}" for length in (3, 5, 9)))
 OF_PICTURES = tuple(f"sjd:window={window}" for window in (8, 16, 32))
+SCALE, FADE = {"ucb-spec": 0.2, "exp3-spec": 1.0}, {"ucb-spec": 0.98, "exp3-spec": 0.98}  # defaults
+DISCOUNT = 0.8
 AHEAD = 256  # random numbers made at a time
 
 _CARRIED: WeakKeyDictionary[DecodingStrategy, dict[Any, Tally]] = WeakKeyDictionary()
@@ -57,8 +59,9 @@ class BanditStrategy(DecodingStrategy):
         """
         config = self.config
         number("scale", config["scale"], 0, open_end=True)
-        if not 0 < number("discount", config["discount"], 0) <= 1:
-            raise StrategyError(f"discount must be a number > 0 and <= 1, not {config['discount']!r}")
+        for name in ("fade", "discount"):
+            if not 0 < number(name, config[name], 0) <= 1:
+                raise StrategyError(f"{name} must be a number > 0 and <= 1, not {config[name]!r}")
         if config["pass_tokens"] is not None:
             whole("pass_tokens", config["pass_tokens"], 1)
         for name in ("carry", "reproducible"):
@@ -76,7 +79,8 @@ class BanditStrategy(DecodingStrategy):
         """
         arms = Arms(self._arms(setting), setting.num_tokens)
         timed = not self.config["reproducible"]
-        bandit = self.algorithm([arm.facts for arm in arms.arms], self._tally(arms, setting), self.config["scale"], timed)
+        how = self.config["scale"], self.config["fade"], timed
+        bandit = self.algorithm([arm.facts for arm in arms.arms], self._tally(arms, setting), *how)
         controller = ArmsController(arms, bandit, _draws(setting) if bandit.draws else lambda index: 0.0)
         return Parts(ArmsDrafter(arms), ArmsRule(arms), controller, arms.pass_tokens)
 
@@ -122,6 +126,7 @@ class UCBSpec(BanditStrategy):
             and texts. ``None``: plain AR and, of texts, ``prompt-lookup``, ``token-recycling`` and ``std`` with 3, 5 and 9
             guesses, as far as they are possible; of pictures ``sjd`` with windows of 8, 16 and 32.
         scale: of the confidence radius. The paper's is 1, which exceeds the differences between arms for hundreds of rounds.
+        fade: what a round counts for after one more round, as arms get better and worse along a text; 1 is the paper's.
         carry: go on with what earlier calls of this object have shown, for the same arms, batch and model.
         discount: what earlier calls count for, at each new one.
         reproducible: choose by the cost model and accepted guesses only, never by a clock, and carry nothing over: the
@@ -139,9 +144,10 @@ class UCBSpec(BanditStrategy):
     def __init__(
         self,
         arms: Any = None,
-        scale: float = 0.2,
+        scale: float = SCALE["ucb-spec"],
+        fade: float = FADE["ucb-spec"],
         carry: bool = True,
-        discount: float = 0.8,
+        discount: float = DISCOUNT,
         reproducible: bool = False,
         pass_tokens: int | None = None,
     ) -> None:
@@ -156,6 +162,7 @@ class EXP3Spec(BanditStrategy):
     Args:
         arms: as for :class:`UCBSpec`.
         scale: of the learning rate; 1 is the paper's.
+        fade: as for :class:`UCBSpec`.
         carry: as for :class:`UCBSpec`.
         discount: as for :class:`UCBSpec`.
         reproducible: as for :class:`UCBSpec`. The draws belong to the seed of the call in either mode.
@@ -172,9 +179,10 @@ class EXP3Spec(BanditStrategy):
     def __init__(
         self,
         arms: Any = None,
-        scale: float = 1.0,
+        scale: float = SCALE["exp3-spec"],
+        fade: float = FADE["exp3-spec"],
         carry: bool = True,
-        discount: float = 0.8,
+        discount: float = DISCOUNT,
         reproducible: bool = False,
         pass_tokens: int | None = None,
     ) -> None:

@@ -95,6 +95,7 @@ class Bandit:
         facts: of every arm.
         tally: sums to go on from; fresh ones by default.
         scale: see the subclass.
+        fade: what all that was seen counts for after one more round: arms get better and worse along a text.
         clock: whether measured seconds count; else the costs are those of ``facts``.
 
     Attributes:
@@ -104,9 +105,14 @@ class Bandit:
     draws = False
 
     def __init__(
-        self, facts: Sequence[ArmFacts], tally: Tally | None = None, scale: float = 1.0, clock: bool = True
+        self,
+        facts: Sequence[ArmFacts],
+        tally: Tally | None = None,
+        scale: float = 1.0,
+        fade: float = 1.0,
+        clock: bool = True,
     ) -> None:
-        self.facts, self.scale, self.clock = list(facts), scale, clock
+        self.facts, self.scale, self.fade, self.clock = list(facts), scale, fade, clock
         self.tally = Tally(len(self.facts)) if tally is None else tally
 
     def choose(self, draw: float) -> int:
@@ -128,6 +134,8 @@ class Bandit:
         if not counts:
             return
         tally, length = self.tally, self.facts[arm].length
+        if self.fade < 1:
+            tally.discount(self.fade)
         tally.pulls[arm] += 1
         timed = self.clock and arm in tally.warm
         tally.warm.add(arm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from arsd.models.selection import Kept
 
 class CompactLayer(RowCacheLayer):
     """Kept entries of the prompt [R, G, K, d], K of the layer's own, then entries of the text behind it."""
+
+    _base: Tensor | None = None
+
+    @property
+    def _owner(self) -> CompactCache:
+        return cast(CompactCache, super()._owner)
 
     def keep(self, kept: Kept, dense: Any) -> None:
         """Copy the kept entries of the ``dense`` layer; what lies behind the prompt moves along with K."""
@@ -29,12 +35,12 @@ class CompactLayer(RowCacheLayer):
                 here = grown
             here[:, :, :count] = there.gather(2, index)
         if count != behind:
-            self._base: Tensor | None = None
+            self._base = None
 
     def place(self, positions: Tensor) -> Tensor:
         """[R * G * T] flat places of the positions [R, T] behind the prompt."""
         rows, groups, size = self.keys.shape[:3]
-        if getattr(self, "_base", None) is None:
+        if self._base is None:
             first = torch.arange(rows * groups, device=self.keys.device).view(rows, groups, 1) * size
             self._base = first + size - self._owner.tail
         return (self._base + positions.to(self.keys.device)[:, None]).flatten()
@@ -70,9 +76,9 @@ class CompactCache(RowCache):
     layers: list[Any]
 
     def __init__(self, dense: RowCache, tail: int) -> None:
-        first: Any = dense.layers[0]
+        layers = cast(list[RowCacheLayer], dense.layers)
+        first, places = layers[0], [layer.keys.device for layer in layers]
         rows, groups, _, head_dim = first.keys.shape
-        places = [layer.keys.device for layer in dense.layers]  # type: ignore[attr-defined]
         shape = len(places), rows, groups, tail, head_dim
         super().__init__(*shape, first.keys.dtype, dense.lengths.device, places=places)
         self.tail, self._dense = tail, dense

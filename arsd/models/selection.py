@@ -25,7 +25,7 @@ class Attention:
 
     Args:
         query: [R, H, T, d] behind the rotary embedding; the heads of a group lie side by side.
-        key: [R, G, S, d] of the prompt.
+        key: [R, G, S, d] of the prompt, and of the answer as far as the pass goes.
         scaling: of the scores.
         slots: [R, T] entry that each query belongs to; it sees that one and those before it.
         hidden: [R, S] padding.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from arsd.decoding.types import Target
 from arsd.errors import StrategyError
@@ -29,7 +30,7 @@ class Choice:
 
     def __init__(self, target: Any, policy: Policy, budget: int | None) -> None:
         self.target, self.policy = target, policy
-        size = target.prefix - 1  # the last token of the prompt is read with the first pass behind it
+        size = target.prefix - 1  # the last token of the prompt is always seen: drafts begin with it
         padding = torch.zeros(target.condition.shape[:3], dtype=torch.bool, device=target.device)
         padding = padding if target.padding is None else target.padding
         self.hidden = padding.flatten(0, 1)[:, :size]
@@ -57,12 +58,15 @@ class Choice:
         """See :class:`arsd.models.attention.Observer`."""
         size, device = self.hidden.shape[1], key.device
         slots = self.target.cache.places.to(device)
-        visual, hidden = self.visual.to(device), self.hidden.to(device)
-        last = torch.where(visual.any(1), size - visual.flip(1).long().argmax(1), 0)  # behind the last picture
-        voters = slots >= torch.where(last < size, last, size - 1)[:, None]
+        width = int(slots.max()) + 1  # of a verifying pass that is the prompt and the text so far
+        visual, hidden = (pad(x, (0, width - size)).to(device) for x in (self.visual, self.hidden))
+        last = torch.where(visual.any(1), width - visual.flip(1).long().argmax(1), 0)  # behind the last picture
+        voters = slots >= last.clamp_max(width - 1)[:, None]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        seen = Attention(query, key[:, :, :size], scale, slots, hidden, visual, voters, self.worth.get(layer))
-        self.worth[layer], self.weights[layer] = self.policy(seen)
+        before = pad(self.worth[layer], (0, width - size)) if layer in self.worth else None
+        seen = Attention(query, key[:, :, :width], scale, slots, hidden, visual, voters, before)
+        worth, self.weights[layer] = self.policy(seen)
+        self.worth[layer] = worth[..., :size]
 
     def entries(self) -> list[Any]:
         """What every layer keeps, by what was seen."""
@@ -78,8 +82,8 @@ class Choice:
 class SparseDraft:
     """A sparse pass of the target's own weights: all text, and of the pictures what a policy kept (StD, arXiv 2505.19155).
 
-    The choice is made from what the queries of the prefill attend to, beside the ordinary kernel; those of the prompt's last
-    token are not among them. Entries of committed tokens are the dense pass's own.
+    The choice is made from what the queries of the prefill attend to, beside the ordinary kernel (of a prompt of plain text
+    the last token's is not among them). Entries of committed tokens are the dense pass's own.
 
     Args:
         policy: a name of :data:`arsd.models.selection.POLICIES`.

@@ -57,7 +57,7 @@ TEMPLATE = (
 )
 ANSWER_TOKENS = 256  # more than any description has
 AVERAGE_DECAY = 0.99
-SEEING_SHARE = 0.1  # of the time budget, in which the tower first learns to measure single frames
+SEEING_SHARE = 0.2  # of the time budget, in which the tower first learns to measure single frames
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,7 @@ def train_video_chat(
     seed: int = 0,
     save_minutes: float = 8,
     init: Path | None = None,
+    seeing_share: float = SEEING_SHARE,
 ) -> Path:
     """Train (or go on training) emoji-video-chat; every checkpoint also renews the folder ``out/shipped``.
 
@@ -238,7 +239,8 @@ def train_video_chat(
         size: of the model.
         seed: of weights and batches.
         save_minutes: minutes between checkpoints.
-        init: model folder to start from, of the same clips and sizes; the tower's first lessons are then left out.
+        init: model folder to start from, of the same clips and sizes.
+        seeing_share: of the budget, in which the tower first learns alone to measure single frames.
 
     Returns:
         The folder with the model, as transformers loads it.
@@ -261,9 +263,9 @@ def train_video_chat(
     run = Run(out, learner, make_optimizers(learner, lr), lr, minutes)
     run.average.decay = AVERAGE_DECAY
     while run.begin_step():
-        seeing = init is None and run.clock.spent < SEEING_SHARE * minutes
+        seeing = run.clock.spent < seeing_share * minutes
         frames, count = (2, load // 2) if seeing else shape_of(run.step, seed, load)
-        batch = batches(run.step, frames, count)
+        batch = batches(run.step, frames, count, silent=seeing)
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             loss, error = learner(batch, seeing)
         run.finish_step(loss, 2 * error, seeing=float(error.detach()), frames=frames)

@@ -151,15 +151,16 @@ class Batches:
             labels += [IGNORED] * len(asked) + told
         return ids, labels
 
-    def __call__(self, step: int, frames: int, count: int) -> Batch:
-        """The batch of ``step``: ``count`` clips of ``frames`` frames."""
+    def __call__(self, step: int, frames: int, count: int, silent: bool = False) -> Batch:
+        """The batch of ``step``: ``count`` clips of ``frames`` frames, and unless ``silent`` conversations about them."""
         source = np.random.default_rng([self.seed, step])
         pixels, figures, rows = [], [], []
         for index in source.choice(len(self.weights), count, p=self.weights).tolist():
             shown, facts, numbers = self.clip(index, frames, source)
             pixels.append(shown)
             figures.append(numbers)
-            rows.append(self.conversation(frames, self.turns(facts, self.data.info[index], source)))
+            turns = [] if silent else self.turns(facts, self.data.info[index], source)
+            rows.append(self.conversation(frames, turns))
         length = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [PAD] * (length - len(ids)) for ids, _ in rows])
         labels = torch.tensor([some + [IGNORED] * (length - len(some)) for _, some in rows])

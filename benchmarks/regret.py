@@ -1,0 +1,328 @@
+"""What a controller loses against the best arm: recorded runs of every arm, replayed under every controller.
+
+    python benchmarks/regret.py                       # emoji-video-chat on its held-out clips (arsd train clips)
+    python benchmarks/regret.py --model FOLDER        # any causal model of transformers, on the files of --texts
+    python benchmarks/regret.py --replay              # no model: the recordings of the last run once more
+
+Every arm decodes every prompt alone, greedily. All arms give the same tokens, so one fact for each token tells what an arm
+does from any place of a text on: whether its guess of that token was right there. A round of arm i that begins at token n
+gets Y = 1 + min(L, right guesses from n on); a fixed arm that is replayed so takes exactly its recorded rounds. A round is
+charged the mean seconds of its arm, drafting and the rest, while controllers see the seconds of a recorded round, drawn anew.
+
+Regret is seconds beyond those of the best single arm for all prompts, in passes of plain AR, over random orders of the
+prompts; `each` is what the best arm of every prompt by itself would save. Writes benchmarks/results/regret.json and
+docs/images/regret.png. Options: --arms, --prompts, --tokens, --orders, --quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from arsd import generate_fn
+from arsd.cli.common import table
+from arsd.decoding import DecodingStrategy, UCBSpec
+from arsd.decoding.arms import parse_arms
+from arsd.decoding.bandit_strategies import DISCOUNT, FADE, SCALE
+from arsd.decoding.bandits import EXP3, UCB, ArmFacts, Bandit, Tally
+from arsd.decoding.types import Outcome, Parts
+from arsd.devices import device_kind, resolve_dtype
+
+HERE = Path(__file__).parent
+CLIPS, VIDEO = HERE.parent / "runs" / "clips" / "held-out", "emoji-video-chat"
+USUAL = "ar+prompt-lookup+token-recycling+std:budget=64:draft_length=3+std:budget=64:draft_length=5+std:budget=64"
+Call = Callable[[DecodingStrategy], Any]  # a prompt: decodes it, and returns the tokens
+
+
+class Recorded(DecodingStrategy):
+    """A strategy that writes down what its rounds did."""
+
+    def __init__(self, strategy: DecodingStrategy) -> None:
+        self.strategy, self.right, self.rounds = strategy, "", []
+        self.facts: list[ArmFacts] = []
+
+    def build(self, setting: Any) -> Parts:
+        parts = self.strategy.build(setting)
+        self.facts = getattr(getattr(parts.controller, "bandit", None), "facts", [])
+        if not self.facts:
+            parts.drafter = Recorder(parts.drafter, self)
+            parts.controller = Timer(parts.controller, parts.drafter)
+        return parts
+
+
+class Recorder:
+    """A drafter whose guesses are judged aloud: + right, - wrong."""
+
+    def __init__(self, drafter: Any, to: Recorded) -> None:
+        self.drafter, self.to, self.tally, self.drafting = drafter, to, Tally(1), 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.drafter, name)
+
+    def propose(self, step: Any) -> Any:
+        began = time.perf_counter()
+        draft = self.drafter.propose(step)
+        self.drafting = time.perf_counter() - began
+        return draft
+
+    def observe(self, step: Any, law: Any, verdict: Any, lengths: Any) -> None:
+        outcomes = verdict.outcome[0, : int(verdict.count[0])].tolist()
+        self.to.right += "".join("-" if outcome == Outcome.RESAMPLED else "+" for outcome in outcomes)
+        self.drafter.observe(step, law, verdict, lengths)
+
+
+class Timer:
+    """A controller that keeps the seconds of every round."""
+
+    def __init__(self, controller: Any, drafter: Recorder) -> None:
+        self.controller, self.drafter = controller, drafter
+
+    def window(self) -> int:
+        return int(self.controller.window())
+
+    def observe(self, counts: list[int], seconds: float) -> None:
+        self.drafter.to.rounds.append([counts[0], self.drafter.drafting, seconds - self.drafter.drafting])
+        self.controller.observe(counts, seconds)
+
+
+# ---------------------------------------------------------------- recording
+
+
+def video_calls(count: int, tokens: int) -> tuple[Any, list[Call]]:
+    """The shipped Video-LLM and its held-out clips."""
+    from arsd.pipelines.video_llm import VideoLLMPipeline
+
+    pipe = VideoLLMPipeline.from_pretrained(VIDEO)
+    clips = sorted(CLIPS.glob("*.webp"))
+    random.Random(0).shuffle(clips)
+    options = {"num_frames": 16, "max_new_tokens": tokens}
+    return pipe.model, [lambda s, clip=clip: pipe(clip, decoder=s, **options).tokens for clip in clips[:count]]
+
+
+def text_calls(folder: str | None, texts: list[Path], count: int, tokens: int) -> tuple[Any, list[Call]]:
+    """A causal model on pieces of text; without a folder, a tiny one with random weights, which repeats itself."""
+    if folder is None:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(256, 64, 128, 4, 4, num_key_value_heads=2, pad_token_id=0, eos_token_id=None)
+        model: Any = transformers.LlamaForCausalLM(config).eval()
+        for p in model.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=1.5 / p.shape[-1] ** 0.5)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto")).eval()
+    words = None if folder is None else transformers.AutoTokenizer.from_pretrained(folder)
+    paragraphs = [part for path in texts for part in path.read_text().split("\n\n") if len(part) > 200]
+    random.Random(0).shuffle(paragraphs)
+
+    def call(text: str) -> Call:
+        ids = torch.tensor([list(text.encode())[:200]]) if words is None else words(text, return_tensors="pt").input_ids
+        options = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        return lambda s: model.generate(ids, custom_generate=generate_fn(s), **options)[:, ids.shape[1] :]
+
+    return model, [call(text) for text in paragraphs[:count]]
+
+
+def record(calls: list[Call], arms: list[DecodingStrategy]) -> dict[str, Any]:
+    """What every arm did on every prompt, and what the cost model makes of the arms."""
+    whole = Recorded(UCBSpec(arms="+".join(str(arm).replace(",", ":") for arm in arms)))
+    calls[0](whole)
+    for arm in arms:  # a first pass of every shape
+        calls[0](arm)
+    kept: list[dict[str, Any]] = []
+    for number, call in enumerate(calls):
+        runs, tokens = {}, None
+        for arm in arms:
+            recorded = Recorded(arm)
+            said = call(recorded)
+            assert tokens is None or torch.equal(said, tokens) or said.is_floating_point(), f"{arm}: other tokens"
+            tokens = said if tokens is None else tokens
+            runs[str(arm)] = {"right": recorded.right, "rounds": recorded.rounds}
+        kept.append(runs)
+        print(f"prompt {number + 1} of {len(calls)}: {len(kept[-1][str(arms[0])]['right'])} tokens", flush=True)
+    facts = [[fact.length, fact.cost, fact.drafter] for fact in whole.facts]
+    return {"arms": [str(arm) for arm in arms], "facts": facts, "prompts": kept}
+
+
+# ---------------------------------------------------------------- replaying
+
+
+class Uniform(Bandit):
+    """Any arm."""
+
+    draws = True
+
+    def choose(self, draw: float = 0.0) -> int:
+        return int(draw * len(self.facts))
+
+
+class Runs:
+    """The recordings: tokens from every place of every text, and the seconds of each arm's rounds."""
+
+    def __init__(self, recorded: dict[str, Any]) -> None:
+        self.names = recorded["arms"]
+        self.facts = [ArmFacts(int(length), cost, drafter) for length, cost, drafter in recorded["facts"]]
+        prompts = recorded["prompts"]
+        self.texts = [[self._tokens(runs[n]["right"], f.length) for n, f in zip(self.names, self.facts, strict=True)]
+                      for runs in prompts]  # fmt: skip
+        self.seconds = [[pair[1:] for runs in prompts for pair in runs[name]["rounds"]] for name in self.names]
+        typical = [np.median(np.array(pairs), 0) for pairs in self.seconds]
+        self.typical = [float(draft + rest) for draft, rest in typical]
+
+    @staticmethod
+    def _tokens(right: str, length: int) -> list[int]:
+        """Y of a round that begins at each token."""
+        out, hits = [], 0
+        for n in range(len(right) - 1, -1, -1):
+            hits = hits + 1 if right[n] == "+" else 0
+            out.append(min(min(hits, length) + 1, len(right) - n))
+        return out[::-1]
+
+    def fixed(self, arm: int, prompt: int) -> float:
+        """Seconds of one arm alone."""
+        tokens, n, spent = self.texts[prompt][arm], 0, 0.0
+        while n < len(tokens):
+            n, spent = n + tokens[n], spent + self.typical[arm]
+        return spent
+
+    def replay(self, make: Callable[[list[ArmFacts], Tally], Bandit], order: list[int], carry: bool, seed: int) -> list[float]:
+        """Seconds of every prompt in this order."""
+        rng, tally, spent = random.Random(seed), Tally(len(self.names)), []
+        for prompt in order:
+            tally.discount(DISCOUNT)
+            if not carry:
+                tally = Tally(len(self.names), tally.warm)
+            bandit, text, n = make(self.facts, tally), self.texts[prompt], 0
+            spent.append(0.0)
+            while n < len(text[0]):
+                arm = bandit.choose(rng.random())
+                tokens = text[arm][n]
+                draft, rest = rng.choice(self.seconds[arm])
+                bandit.learn(arm, [tokens], draft + rest, draft)
+                spent[-1] += self.typical[arm]
+                n += tokens
+        return spent
+
+
+def controllers() -> dict[str, tuple[Callable[[list[ArmFacts], Tally], Bandit], bool]]:
+    """Name -> (bandit, whether it carries over)."""
+
+    def ucb(scale: float = SCALE["ucb-spec"], fade: float = FADE["ucb-spec"], clock: bool = True) -> Any:
+        return lambda facts, tally: UCB(facts, tally, scale, fade, clock)
+
+    def exp3(scale: float = SCALE["exp3-spec"], fade: float = FADE["exp3-spec"]) -> Any:
+        return lambda facts, tally: EXP3(facts, tally, scale, fade)
+
+    return {
+        "ucb-spec": (ucb(), True),
+        "ucb-spec, no carry": (ucb(), False),
+        "ucb-spec, reproducible": (ucb(clock=False), False),
+        "UCBSpec as published": (ucb(1.0, 1.0), False),
+        "exp3-spec": (exp3(), True),
+        "exp3-spec, no carry": (exp3(), False),
+        "EXP3Spec as published": (exp3(1.0, 1.0), False),
+        "uniform": (lambda facts, tally: Uniform(facts, tally), False),
+    }
+
+
+def compare(runs: Runs, orders: int) -> dict[str, Any]:
+    """Regret of every controller and every fixed arm, in passes of plain AR."""
+    count, unit = len(runs.texts), runs.typical[0]
+    alone = np.array([[runs.fixed(arm, prompt) for prompt in range(count)] for arm in range(len(runs.names))]) / unit
+    best = int(alone.sum(1).argmin())
+    shuffled = [random.Random(seed).sample(range(count), count) for seed in range(orders)]
+    curves = {}
+    for name, (make, carry) in controllers().items():
+        lost = []
+        for seed, order in enumerate(shuffled):
+            spent = np.array(runs.replay(make, order, carry, seed)) / unit
+            lost.append(np.cumsum(spent - alone[best, order]))
+        curves[name] = np.array(lost)
+    tokens = sum(len(text[0]) for text in runs.texts)
+    rows = [{"name": name, "passes": float(spent), "regret": float(spent - alone[best].sum())}
+            for name, spent in zip(runs.names, alone.sum(1), strict=True)]  # fmt: skip
+    rows.append({"name": "each", "passes": float(alone.min(0).sum()), "regret": float((alone.min(0) - alone[best]).sum())})
+    for name, lost in curves.items():
+        end = lost[:, -1]
+        row = {"name": name, "passes": float(alone[best].sum() + end.mean()), "regret": float(end.mean())}
+        rows.append(row | {"spread": [float(x) for x in np.quantile(end, (0.05, 0.95))]})
+    for row in rows:
+        row["speedup"] = alone[0].sum() / row["passes"]
+    return {"best": runs.names[best], "tokens": tokens, "unit_seconds": unit, "rows": rows, "curves": curves}
+
+
+def plot(found: dict[str, Any], path: Path, title: str) -> None:
+    """Cumulative regret over prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8.5, 4.6), dpi=110, layout="constrained")
+    for name, lost in found["curves"].items():
+        line = "--" if "published" in name else ":" if "no carry" in name else "-"
+        colour = {"u": "#1f77b4", "U": "#1f77b4", "e": "#d62728", "E": "#d62728"}[name[0]]
+        colour = "#777777" if name == "uniform" else "#17becf" if "reproducible" in name else colour
+        prompts = np.arange(1, lost.shape[1] + 1)
+        axis.plot(prompts, lost.mean(0), line, color=colour, linewidth=1.4, label=name)
+        axis.fill_between(prompts, *np.quantile(lost, (0.05, 0.95), axis=0), color=colour, alpha=0.06, linewidth=0)
+    axis.axhline(0, color="#111111", linewidth=0.8)
+    axis.set_xlabel("prompts")
+    axis.set_ylabel(f"regret against {found['best']},\npasses of plain AR")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(title, fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"folder of a causal model, or tiny; default {VIDEO} where it is, else tiny")
+    parser.add_argument("--arms", default=USUAL)
+    parser.add_argument("--texts", type=Path, nargs="+", default=sorted((HERE.parent / "docs").glob("*.md")))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--orders", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="a few short texts")
+    parser.add_argument("--replay", action="store_true", help="of benchmarks/results/regret.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "regret.json")
+    parser.add_argument("--image", type=Path, default=HERE.parent / "docs" / "images" / "regret.png")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.prompts, arguments.tokens, arguments.orders = 4, 64, 4
+    if arguments.replay:
+        report = json.loads(arguments.out.read_text())
+    else:
+        video = arguments.model in (None, VIDEO) and CLIPS.is_dir()
+        folder = None if arguments.model in (None, "tiny") else arguments.model
+        sizes = arguments.prompts, arguments.tokens
+        model, calls = video_calls(*sizes) if video else text_calls(folder, arguments.texts, *sizes)
+        report = {"model": VIDEO if video else folder or "tiny", "device": device_kind("cpu"), "torch": torch.__version__}
+        report |= {"dtype": str(model.dtype).removeprefix("torch."), "recorded": record(calls, parse_arms(arguments.arms))}
+    runs = Runs(report["recorded"])
+    found = compare(runs, arguments.orders)
+    rounds = {name: statistics.median(sum(p) for p in pairs) for name, pairs in zip(runs.names, runs.seconds, strict=True)}
+    print(f"\n{report['model']}, {report['device']}, {report['dtype']}: {found['tokens']} tokens; ms of a round: ", end="")
+    print(", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in rounds.items()) + "\n")
+    cells = [[r["name"], f"{r['speedup']:.2f}x", f"{r['regret']:.0f}", f"{r['regret'] / found['tokens']:.3f}"]
+             for r in found["rows"]]  # fmt: skip
+    print(table(["arm or controller", "against ar", f"regret against {found['best']}", "per token"], cells))
+    title = f"{report['model']}, {len(runs.texts)} prompts, {found['tokens']} tokens; mean and 90 % of {arguments.orders} orders"
+    plot(found, arguments.image, title)
+    report["found"] = {key: value for key, value in found.items() if key != "curves"}
+    report["found"]["curves"] = {name: lost.mean(0).round(2).tolist() for name, lost in found["curves"].items()}
+    arguments.out.write_text(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
