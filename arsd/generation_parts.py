@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from arsd.cache import RowCache
+from arsd.cache import RowCache, harmless_step
 from arsd.decoding.trees import TreeShape
 from arsd.errors import InputError
-from arsd.models.attention import Observer, observed
+from arsd.models.attention import NOBODY, PACKED_QUERIES, Observer, observed
 from arsd.models.target import DecoderTarget
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}  # of the self-check, relative; 0.1 in shorter dtypes
@@ -161,8 +161,22 @@ class ModelTarget(DecoderTarget):
         return self._observed(positions, mask, inputs)
 
     def _observed(self, positions: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        with nullcontext() if self.observer is None else observed(self.model, self.observer):
+        observer = self.observer or (NOBODY if self._packs(positions.shape[1]) else None)
+        with nullcontext() if observer is None else observed(self.model, observer):
             return self._call(positions, mask, inputs, self.cache)
+
+    def _packs(self, width: int) -> bool:
+        """Whether a pass goes without copies of the keys for every query head, as transformers' passes of one token do."""
+        config = self.decoder.config
+        grouped = config.num_attention_heads > self.layout.heads
+        return grouped and 1 < width <= PACKED_QUERIES and config._attn_implementation == "sdpa"
+
+    def _harmless_step(self, pass_tokens: int) -> int | None:
+        if not self._packs(pass_tokens):
+            return super()._harmless_step(pass_tokens)
+        rows, heads, size, head_dim = cast(Any, self.cache.layers[0]).keys.shape
+        queries = pass_tokens * (self.decoder.config.num_attention_heads // heads)
+        return harmless_step(rows, heads, heads, queries, size, head_dim, self.dtype, str(self.device))
 
     def _call(self, positions: Tensor, mask: Tensor, inputs: dict[str, Any], cache: RowCache) -> Tensor:
         told = self._told.gather(-1, positions.expand(*self._told.shape[:-1], -1))

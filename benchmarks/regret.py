@@ -7,7 +7,7 @@
 Every arm decodes every prompt alone, greedily. All arms give the same tokens, so one fact for each token tells what an arm
 does from any place of a text on: whether its guess of that token was right there. A round of arm i that begins at token n
 gets Y = 1 + min(L, right guesses from n on); a fixed arm that is replayed so takes exactly its recorded rounds. A round is
-charged the mean seconds of its arm, drafting and the rest, while controllers see the seconds of a recorded round, drawn anew.
+charged the median seconds of its arm, while controllers see the seconds of a recorded round of it, drawn anew.
 
 Regret is seconds beyond those of the best single arm for all prompts, in passes of plain AR, over random orders of the
 prompts; `each` is what the best arm of every prompt by itself would save. Writes benchmarks/results/regret.json and
@@ -52,6 +52,7 @@ class Recorded(DecodingStrategy):
         self.facts: list[ArmFacts] = []
 
     def build(self, setting: Any) -> Parts:
+        """See :class:`arsd.decoding.DecodingStrategy`."""
         parts = self.strategy.build(setting)
         self.facts = getattr(getattr(parts.controller, "bandit", None), "facts", [])
         if not self.facts:
@@ -70,12 +71,14 @@ class Recorder:
         return getattr(self.drafter, name)
 
     def propose(self, step: Any) -> Any:
+        """Timed."""
         began = time.perf_counter()
         draft = self.drafter.propose(step)
         self.drafting = time.perf_counter() - began
         return draft
 
     def observe(self, step: Any, law: Any, verdict: Any, lengths: Any) -> None:
+        """Of the first row; a token that was no guess counts as one that would have been right."""
         outcomes = verdict.outcome[0, : int(verdict.count[0])].tolist()
         self.to.right += "".join("-" if outcome == Outcome.RESAMPLED else "+" for outcome in outcomes)
         self.drafter.observe(step, law, verdict, lengths)
@@ -88,9 +91,11 @@ class Timer:
         self.controller, self.drafter = controller, drafter
 
     def window(self) -> int:
+        """The arm's own."""
         return int(self.controller.window())
 
     def observe(self, counts: list[int], seconds: float) -> None:
+        """Write the round down."""
         self.drafter.to.rounds.append([counts[0], self.drafter.drafting, seconds - self.drafter.drafting])
         self.controller.observe(counts, seconds)
 
@@ -162,6 +167,7 @@ class Uniform(Bandit):
     draws = True
 
     def choose(self, draw: float = 0.0) -> int:
+        """See :class:`Bandit`."""
         return int(draw * len(self.facts))
 
 
@@ -194,7 +200,9 @@ class Runs:
             n, spent = n + tokens[n], spent + self.typical[arm]
         return spent
 
-    def replay(self, make: Callable[[list[ArmFacts], Tally], Bandit], order: list[int], carry: bool, seed: int) -> list[float]:
+    def replay(
+        self, make: Callable[[list[ArmFacts], Tally], Bandit], order: list[int], carry: bool, seed: int
+    ) -> list[float]:
         """Seconds of every prompt in this order."""
         rng, tally, spent = random.Random(seed), Tally(len(self.names)), []
         for prompt in order:
@@ -317,7 +325,9 @@ def main() -> None:
     cells = [[r["name"], f"{r['speedup']:.2f}x", f"{r['regret']:.0f}", f"{r['regret'] / found['tokens']:.3f}"]
              for r in found["rows"]]  # fmt: skip
     print(table(["arm or controller", "against ar", f"regret against {found['best']}", "per token"], cells))
-    title = f"{report['model']}, {len(runs.texts)} prompts, {found['tokens']} tokens; mean and 90 % of {arguments.orders} orders"
+    title = (
+        f"{report['model']}, {len(runs.texts)} prompts, {found['tokens']} tokens; mean and 90 % of {arguments.orders} orders"
+    )
     plot(found, arguments.image, title)
     report["found"] = {key: value for key, value in found.items() if key != "curves"}
     report["found"]["curves"] = {name: lost.mean(0).round(2).tolist() for name, lost in found["curves"].items()}

@@ -239,7 +239,7 @@ def test_what_one_call_shows_the_next_one_knows(llama, monkeypatch):
         assert sum(stats.arms.values()) == stats.forward_passes, "pulls are those of this call"
         return firsts[0]
 
-    carrying = UCBSpec(arms=ARMS[2], discount=0.5)
+    carrying = UCBSpec(arms=ARMS[2], discount=0.5, fade=1.0)
     assert [unknown(carrying) for _ in range(2)] == [5, 0] and unknown(carrying, 2) == 5
     for fresh in (UCBSpec(arms=ARMS[2], carry=False), UCBSpec(arms=ARMS[2], reproducible=True)):
         assert [unknown(fresh) for _ in range(2)] == [5, 5]
@@ -320,6 +320,7 @@ def test_arms_are_texts_strategies_or_lists_and_survive_being_saved(tmp_path):
         ({"scale": 0}, "scale"),
         ({"discount": 0}, "discount"),
         ({"discount": 1.5}, "discount"),
+        ({"fade": 0}, "fade"),
         ({"carry": "yes"}, "carry"),
         ({"reproducible": None}, "reproducible"),
         ({"pass_tokens": 0}, "pass_tokens"),

@@ -153,6 +153,29 @@ def test_sums_fade():
     assert bandit.mean_tokens(0) == 26 / 6
 
 
+def test_a_leader_that_turns_bad_is_left_soon_when_rounds_fade():
+    """The best arm of 300 rounds is worthless afterwards."""
+
+    def stays(fade: float) -> int:
+        rng, bandit, pulls = random.Random(0), UCB([ArmFacts(0), ArmFacts(5), ArmFacts(5)], None, 0.1, fade), 0
+        for t in range(600):
+            arm = bandit.choose()
+            p = (0.0, 0.4, 0.9 if t < 300 else 0.0)[arm]
+            bandit.learn(arm, [accepted(rng, p, (0, 5, 5)[arm])], 1.0)
+            pulls += arm == 2 and t >= 300
+        return pulls
+
+    assert stays(0.98) < 120 and stays(1.0) > 200
+
+
+def test_rounds_that_have_faded_altogether_are_no_error():
+    bandit = UCB([ArmFacts(4), ArmFacts(4)], None, 0.1, 0.5)
+    for arm in (0, 1, 0, 1, *[0] * 3000):
+        bandit.learn(arm, [2], 1.0)
+        bandit.choose()
+    assert bandit.choose() == 1
+
+
 def test_a_pass_that_committed_nothing_teaches_nothing():
     bandit = UCB([ArmFacts(4)])
     bandit.learn(0, [], 1.0)

@@ -17,6 +17,7 @@ from arsd.decoding.costs import expected_tokens
 DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
 CHANCE = 0.6  # that a guess is taken, before anything is known
 TRUST = 1.0  # timed rounds that the cost model is worth
+FORGOTTEN = 1e-6  # rounds of which nothing is left
 SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
 
 
@@ -187,8 +188,8 @@ class Bandit:
 class UCB(Bandit):
     """UCBSpec (arXiv 2505.15141): the arm with the highest upper bound of its tokens per second.
 
-    The bound is (mean Y + scale cr) / mean cost, and Y + scale cr is no more than L + 1. Every arm is seen and timed
-    before, the most promising by the cost model first. L is the arm's own, and at least 1: plain AR's Y is known, but not its cost.
+    The bound is (mean Y + scale cr) / mean cost, and Y + scale cr is no more than L + 1. Every arm is seen and timed before,
+    the most promising by the cost model first. L is the arm's own, and at least 1: plain AR's Y is known, its cost is not.
 
     Args:
         facts: of every arm.
@@ -208,7 +209,8 @@ class UCB(Bandit):
     def index(self, arm: int) -> float:
         """The upper bound of an arm that was seen."""
         longest = max(1, self.facts[arm].length)
-        radius = confidence_radius(self.tally.seen[arm], self.rounds, len(self.facts), longest)
+        seen = max(self.tally.seen[arm], FORGOTTEN)
+        radius = confidence_radius(seen, self.rounds, len(self.facts), longest)
         return min(self.mean_tokens(arm) + self.scale * radius, longest + 1.0) / self.cost(arm)
 
     def _promise(self, arm: int) -> float:

@@ -39,6 +39,18 @@ class Observer(Protocol):
         ...
 
 
+class Nobody:
+    """Looks at nothing: passes of a few tokens run on the key/value heads as they are (:func:`packed`)."""
+
+    def mask(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """The model's own."""
+        return mask
+
+    def saw(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> None:
+        """Nothing to see."""
+
+
+NOBODY = Nobody()
 _OBSERVER: ContextVar[Observer | None] = ContextVar("arsd_attention_observer", default=None)
 _LOCK, _USERS = threading.Lock(), dict[int, list[Any]]()  # configuration -> [how many use it, its own implementation]
 
