@@ -9,7 +9,8 @@ these that the description tells (one that it leaves out is wrong); `right of to
 what the one value that fits most of these very clips would score. Clips are shown as they are, on white, with 8, 16 and 64
 frames, and once more with 16 frames of three random views each (other backgrounds, places, sizes, directions and added
 motion).
-Names are scored apart: nobody can know those of held-out clips. Options: --clips, --model, --out.
+Names are scored apart: nobody can know those of held-out clips. Options: --clips, --model, --out, and --doc FILE, to renew
+the tables between the two `results` marks of docs/emoji-video-chat.md.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "arsd" / "checkpoints" / "emoji-video-chat"
 VIEWS = 3  # random ones of each clip
 END = "<|im_end|>"
+MARK = "<!-- results -->"
 
 
 def shown(data: ClipData, rows: list[int], frames: int, views: int) -> np.ndarray:
@@ -98,12 +100,47 @@ def named(model: Any, processor: Any, data: ClipData, rows: list[int]) -> dict[s
     }
 
 
+def in_words(result: dict[str, Any]) -> str:
+    """The results as Markdown: right facts by kind and set, beside the best constant answer."""
+    sets = result["sets"]
+    lines = ["| kind | " + " | ".join(f"{one['title']}: right | best constant" for one in sets) + " |"]
+    lines.append("|---" * (1 + 2 * len(sets)) + "|")
+    for kind in (*KINDS, "all"):
+        cells = [kind]
+        for one in sets:
+            row = next((row for row in one["kinds"] if row["kind"] == kind), None)
+            cells += ["", ""] if row is None else [share(row[key], row["asserted"]) for key in ("right", "constant")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for one in sets:
+        every, (least, mean, most) = one["kinds"][-1], one["tokens"]
+        lines.append(
+            f"- {one['title']}: {one['clips']} clips, {every['asserted']} facts; {share(every['right'], every['told'])} of the "
+            f"facts that are told are right; {one['ended']} descriptions end, of {least} to {most} tokens ({mean} on average); "
+            f"{one['strange_sentences']} sentences mean nothing."
+        )
+    for part, counts in result["names"].items():
+        lines.append(
+            f"- {part}: {counts['names']} names and {counts['groups']} groups right of {counts['concepts']} concepts."
+        )
+    lines += ["", "The first held-out clip, 16 frames:", "", f"> {sets[1]['examples'][0].removesuffix(END)}", ""]
+    command = f"`python benchmarks/describe_heldout.py`, {result['device']}, {result['dtype']}, torch {result['torch']}"
+    return "\n".join([*lines, command])
+
+
+def renew(path: Path, text: str) -> None:
+    """Put ``text`` between the two marks of ``path``."""
+    before, _, after = path.read_text(encoding="utf-8").split(MARK)
+    path.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Score and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clips", type=Path, default=Path("runs/clips"))
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "describe-heldout.json")
+    parser.add_argument("--doc", type=Path)
     arguments = parser.parse_args()
     data = ClipData.load(arguments.clips)
     processor: Any = AutoProcessor.from_pretrained(arguments.model)
@@ -120,6 +157,8 @@ def main() -> None:
     result |= {"sets": sets, "names": names}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.doc is not None:
+        renew(arguments.doc, in_words(result))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def chosen(policy: str, budget: int | None, frames: int = 16) -> Choice:
         extras = {"pixel_values_videos": fed["pixel_values_videos"]}
         prompt = Prompt(model.get_input_embeddings()(ids)[None], (mask == 0)[None], positions, ids[None], extras)
         target = ModelTarget(model, layout_of(model, prompt), prompt, 8, 4)
-        choice = target.observer = Choice(target, POLICIES[policy], budget)
+        choice = target.observer = Choice(target, POLICIES[policy], budget, lambda: None)
         target.prefill([-target.unread] * 2, 1)
     return choice
 

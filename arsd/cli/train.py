@@ -73,6 +73,7 @@ def _add_video_stages(stages: Any) -> None:
     chat.add_argument("--out", type=Path, default=Path("runs/video-chat"))
     chat.add_argument("--minutes", type=float, default=78)
     chat.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
+    chat.add_argument("--seed", type=int, default=0, help="of weights and batches")
     chat.set_defaults(run=run_video_chat)
 
 
@@ -175,6 +176,7 @@ def run_video_chat(arguments: argparse.Namespace) -> int:
     """Stage ``video-chat``."""
     from arsd.training.video_chat import train_video_chat
 
-    folder = train_video_chat(arguments.clips, arguments.out, minutes=arguments.minutes, init=arguments.init)
+    options = {"minutes": arguments.minutes, "init": arguments.init, "seed": arguments.seed}
+    folder = train_video_chat(arguments.clips, arguments.out, **options)
     print(f"model in {folder}/")
     return 0

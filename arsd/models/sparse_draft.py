@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from arsd.models.compact_cache import CompactCache
 from arsd.models.selection import POLICIES, SINKS, Attention, Policy, keep, shares
 from arsd.models.visual import visual_mask
 
+UNSEEN = "std cannot look into the attention of this model: its layers do not go through sdpa"
 RECENT = 64  # latest tokens of a prompt without pictures that are always kept
 SMOOTHING = 0.8  # of the running acceptance
 
@@ -26,10 +28,11 @@ class Choice:
         target: whose passes; a :class:`arsd.generation_parts.ModelTarget`.
         policy: what entries are worth.
         budget: visual entries per layer and key/value head, on average; ``None`` keeps all.
+        done: called when the last layer was seen.
     """
 
-    def __init__(self, target: Any, policy: Policy, budget: int | None) -> None:
-        self.target, self.policy = target, policy
+    def __init__(self, target: Any, policy: Policy, budget: int | None, done: Callable[[], None]) -> None:
+        self.target, self.policy, self.done = target, policy, done
         size = target.prefix - 1  # the last token of the prompt is always seen: drafts begin with it
         padding = torch.zeros(target.condition.shape[:3], dtype=torch.bool, device=target.device)
         padding = padding if target.padding is None else target.padding
@@ -67,12 +70,14 @@ class Choice:
         seen = Attention(query, key[:, :, :width], scale, slots, hidden, visual, voters, before)
         worth, self.weights[layer] = self.policy(seen)
         self.worth[layer] = worth[..., :size]
+        if layer == len(self.target.cache.layers) - 1:
+            self.done()
 
     def entries(self) -> list[Any]:
         """What every layer keeps, by what was seen."""
         layers = range(len(self.target.cache.layers))
         if len(self.worth) != len(layers):
-            raise StrategyError("std cannot look into the attention of this model: its layers do not go through sdpa")
+            raise StrategyError(UNSEEN)
         most = max(1, int(self.visual.sum(1).max()))
         budgets = shares([self.weights[i] for i in layers], min(self.budget, most), most)
         parts = zip((self.worth[i] for i in layers), budgets, strict=True)
@@ -109,7 +114,8 @@ class SparseDraft:
         if not hasattr(target, "observer"):
             raise StrategyError("std drafts on the prompt's keys and values: use it with VideoLLMPipeline or generate_fn")
         self.target: Any = target
-        self.choice = target.observer = Choice(target, self.policy, self.budget)
+        self.choice = target.observer = Choice(target, self.policy, self.budget, self._choose)
+        self.known = [0] * self.target.batch
 
     def catch_up(self, tokens: Tensor, read: list[int], columns: list[int]) -> Tensor:
         """See :class:`arsd.decoding.types.DraftModel`."""
@@ -117,16 +123,13 @@ class SparseDraft:
         starts = [n + c for n, c in zip(read, columns, strict=True)]
         every = starts * target.streams
         if self.cache is None:
-            self.cache = CompactCache(target.cache, target.cache.get_max_length() - target.prefix + 1)
-            self._choose()
-            self.known = [0] * len(starts)
-        else:
-            self._watch(starts)
-            first = [max(0, min(n, m)) for n, m in zip(self.known, starts, strict=True)]
-            width = max(m - n for n, m in zip(first, starts, strict=True))
-            if width:
-                at = torch.tensor(first * target.streams, device=target.device)
-                self.cache.copy(at, width, target.unread)
+            raise StrategyError(UNSEEN)
+        self._watch(starts)
+        first = [max(0, min(n, m)) for n, m in zip(self.known, starts, strict=True)]
+        width = max(m - n for n, m in zip(first, starts, strict=True))
+        if width:
+            at = torch.tensor(first * target.streams, device=target.device)
+            self.cache.copy(at, width, target.unread)
         self.known, self.starts, self.drafted = list(starts), list(starts), 0
         self.lengths, last = torch.tensor([starts, columns], device=target.device)  # -1 in rows that are finished
         return self._pass(tokens.gather(1, last.clamp_min(0)[:, None]), every)
@@ -154,7 +157,12 @@ class SparseDraft:
         return logits[:, :, -1]
 
     def _choose(self) -> None:
-        assert self.cache is not None
+        """A pass was seen: hold what the policy chose, from now on."""
+        dense = self.target.cache
+        if self.cache is None:
+            self.cache = CompactCache(dense, dense.get_max_length() - self.target.prefix + 1)
+        else:
+            self.refreshes += 1
         self.cache.keep(self.choice.entries())
         self.target.observer = None
 
@@ -162,9 +170,6 @@ class SparseDraft:
         """Keep the running acceptance; let the choice be made anew when it is low."""
         if self.refresh is None:
             return
-        if self.target.observer is not None:  # the pass since the last guesses was looked at
-            self.refreshes += 1
-            self._choose()
         moved = [m - n - 1 for n, m in zip(self.known, starts, strict=True) if m > n]
         if self.drafted and any(n <= self.drafted for n in moved):  # else other drafters came between
             share = sum(min(n, self.drafted) for n in moved) / (self.drafted * len(moved))
