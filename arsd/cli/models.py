@@ -40,14 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    from arsd.pipelines.auto import find_model, shipped_models
+    from arsd.pipelines.auto import CHECKPOINTS, shipped_models
+    from arsd.pipelines.video_parts import shipped_video_llms
     from arsd.provenance import model_hash
 
     rows = []
-    for name in shipped_models():
-        folder = find_model(name)
+    for name in [*shipped_models(), *shipped_video_llms()]:
+        folder = CHECKPOINTS / name
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        index = folder / "model_index.json"
+        kind = json.loads(index.read_text())["_class_name"] if index.is_file() else "VideoLLMPipeline"
         rows.append({"name": name, "pipeline": kind, "megabytes": round(size / 1e6, 1), "model_hash": model_hash(folder)})
     return rows
 

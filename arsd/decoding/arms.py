@@ -18,6 +18,7 @@ from arsd.decoding.chain import ChainDrafter, ModelDrafter
 from arsd.decoding.costs import PassCosts
 from arsd.decoding.laws import Law
 from arsd.decoding.lookup import LookupDrafter
+from arsd.decoding.recycling import RecyclingDrafter
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.strategies import STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
 from arsd.decoding.types import Draft, Parts, Step, Target, Verdict
@@ -294,6 +295,9 @@ class ArmsRule:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
+        for drafter, _ in self.arms.drafters:
+            if isinstance(drafter, RecyclingDrafter) and draft.tree is None:  # a verdict would show the accepted path only
+                drafter.learn(law, torch.cat([drafter.last, draft.tokens], 1), step.active)
         return self.arms.now.parts.rule.verify(self.arms.steady(step), law, draft)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class SparseDraft:
         """
         if not hasattr(target, "observer"):
             raise StrategyError("std drafts on the prompt's keys and values: use it with VideoLLMPipeline or generate_fn")
-        self.target: Any = target
+        self.target = cast(Any, target)
         self.choice = target.observer = Choice(target, self.policy, self.budget, self._choose)
         self.known = [0] * self.target.batch
 
