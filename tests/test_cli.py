@@ -180,10 +180,13 @@ def test_bench_for_people_is_a_table_with_a_line_for_each_decoder(run):
 def test_models_lists_what_ships(run, model, tmp_path, monkeypatch):
     (tmp_path / "ship").mkdir()
     (tmp_path / "ship" / "tiny").symlink_to(model)
-    monkeypatch.setattr("arsd.pipelines.auto.CHECKPOINTS", tmp_path / "ship")
+    video = next(row for row in json.loads(run("models", "--json")[1]) if row["name"] == "emoji-video-chat")
+    for module in ("auto", "video_parts"):
+        monkeypatch.setattr(f"arsd.pipelines.{module}.CHECKPOINTS", tmp_path / "ship")
     status, out, err = run("models", "--json")
     [row] = [row for row in json.loads(out) if row["shipped"]]
     assert (status, err) == (0, []) and row["name"] == "tiny" and row["pipeline"] == "LlamaGenPipeline"
+    assert video["pipeline"] == "VideoLLMPipeline" and video["megabytes"] < 9
     assert row["model_hash"] == model_hash(model)
     assert "tiny" in run("models")[1]
     assert made(run, "red apple", "--out", "o", folder="tiny")["model"] == "tiny"

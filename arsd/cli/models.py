@@ -40,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    from arsd.pipelines.auto import CHECKPOINTS, shipped_models
-    from arsd.pipelines.video_parts import shipped_video_llms
+    from arsd.pipelines.auto import find_model, shipped_models
+    from arsd.pipelines.video_parts import find_video_llm, shipped_video_llms
     from arsd.provenance import model_hash
 
     rows = []
-    for name in [*shipped_models(), *shipped_video_llms()]:
-        folder = CHECKPOINTS / name
+    found = [(name, find_model(name)) for name in shipped_models()]
+    for name, folder in found + [(name, find_video_llm(name)) for name in shipped_video_llms()]:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         index = folder / "model_index.json"
         kind = json.loads(index.read_text())["_class_name"] if index.is_file() else "VideoLLMPipeline"
