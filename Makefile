@@ -37,7 +37,8 @@ test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding test
 	PYTHONPATH="$(abspath $(OLDEST))" $(PYTEST) -m "not slow" --timeout 600 \
 	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py tests/test_text_encoders.py tests/test_vqgan.py \
 	    tests/test_chameleon.py tests/test_chameleon_files.py tests/test_families.py tests/test_continuation.py \
-	    tests/test_generate_fn.py tests/test_generate_fn_limits.py tests/test_llamagen_published.py tests/test_diffusers_manners.py
+	    tests/test_generate_fn.py tests/test_generate_fn_limits.py tests/test_llamagen_published.py tests/test_diffusers_manners.py \
+	    tests/test_sparse_to_dense.py tests/test_selection.py tests/test_video_llm.py tests/test_layer_skip.py
 
 lint: $(VENV)/.stamp-test ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -114,11 +114,9 @@ def in_words(result: dict[str, Any]) -> str:
     lines.append("")
     for one in sets:
         every, (least, mean, most) = one["kinds"][-1], one["tokens"]
-        lines.append(
-            f"- {one['title']}: {one['clips']} clips, {every['asserted']} facts; {share(every['right'], every['told'])} of the "
-            f"facts that are told are right; {one['ended']} descriptions end, of {least} to {most} tokens ({mean} on average); "
-            f"{one['strange_sentences']} sentences mean nothing."
-        )
+        told = f"{one['clips']} clips, {every['asserted']} facts, {share(every['right'], every['told'])} of those told right"
+        ends = f"{one['ended']} descriptions end, of {least} to {most} tokens ({mean} on average)"
+        lines.append(f"- {one['title']}: {told}; {ends}; {one['strange_sentences']} sentences mean nothing.")
     for part, counts in result["names"].items():
         lines.append(
             f"- {part}: {counts['names']} names and {counts['groups']} groups right of {counts['concepts']} concepts."

@@ -236,7 +236,7 @@ def main() -> None:
         show_text(report["text"])
         write_atomically(options.out, json.dumps(report, indent=1) + "\n")
     if options.part in ("costs", "all"):
-        sizes = [(frames, batch) for frames in (16, 64, 192) for batch in (1, 4)]
+        sizes = [(frames, batch) for frames in (16, 64, 128) for batch in (1, 4)]
         report["costs"] = costs_part(pipe, clips, sizes, options.repeats)
         show_costs(report["costs"])
         write_atomically(options.out, json.dumps(report, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -147,6 +146,16 @@ def test_gumbel_noise_is_made_once_whatever_the_windows(llama, monkeypatch):
 # ---------------------------------------------------------------- choices
 
 
+class Steady:
+    """A clock that goes on by one whenever it is looked at."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        Steady.now += 1.0
+        return Steady.now
+
+
 class Wrong:
     """Guesses an id that the model never says, and takes its time."""
 
@@ -155,7 +164,7 @@ class Wrong:
     def __init__(self, setting: Setting) -> None: ...
 
     def propose(self, step: Any) -> Draft:
-        time.sleep(0.01)
+        Steady.now += 10.0
         return Draft(torch.full_like(step.positions[:, 1:], 2))
 
     def observe(self, *args: Any) -> None: ...
@@ -171,7 +180,9 @@ def wrong():
 
 
 @pytest.mark.parametrize(("strategy", "most"), [(UCBSpec, 0.1), (EXP3Spec, 0.42)])
-def test_an_arm_that_is_always_wrong_is_abandoned(llama, wrong: str, strategy: type, most: float):
+def test_an_arm_that_is_always_wrong_is_abandoned(llama, monkeypatch, wrong: str, strategy: type, most: float):
+    for module in ("loop", "arms"):
+        monkeypatch.setattr(f"arsd.decoding.{module}.time", Steady())
     options = {"suppress_tokens": [2], "max_new_tokens": 150}
     stats = decoded(llama, strategy(arms=wrong), prompts(1), **options).stats
     (right, rounds), (_, lost) = stats.arms.items()
@@ -249,11 +260,11 @@ def test_what_one_call_shows_the_next_one_knows(llama, monkeypatch):
     assert sum(tally.pulls) == pytest.approx(0.5 * before + len(firsts))
 
 
-def test_threads_share_what_they_learn(llama):
-    strategy, inputs = UCBSpec(arms=ARMS[1]), prompts(1)
-    plain = decoded(llama, "ar", inputs).sequences
+def test_threads_share_what_they_learn():
+    strategy, inputs, model = UCBSpec(arms=ARMS[1]), prompts(1), tiny(num_key_value_heads=4)
+    plain = decoded(model, "ar", inputs).sequences
     with ThreadPoolExecutor(3) as pool:
-        outs = list(pool.map(lambda _: decoded(llama, strategy, inputs), range(3)))
+        outs = list(pool.map(lambda _: decoded(model, strategy, inputs), range(3)))
     assert all(torch.equal(out.sequences, plain) for out in outs)
     (tally,) = bandit_strategies._CARRIED[strategy].values()
     assert tally.drawn == sum(out.stats.forward_passes for out in outs)

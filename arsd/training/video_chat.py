@@ -168,10 +168,11 @@ class Learner(nn.Module):
         self.follower = nn.Linear(model.model.image_newline.numel(), FOLLOWED)
 
     def see(self, pixels: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
-        """Visual tokens [B, n T + 1, D] of clips [B, T, 3, 96, 96], and the error of the reader on mean tokens."""
+        """Visual tokens [B, n T + 1, D] of clips [B, T, 3, 96, 96], and the error of the reader on each of them."""
         seen = self.model.model.get_video_features(pixels, return_dict=True).pooler_output
-        frames = seen[:, :-1].unflatten(1, (pixels.shape[1], -1)).mean(2)
-        return seen, F.smooth_l1_loss(self.reader(frames).float(), figures, beta=0.1)
+        tokens = (seen.shape[1] - 1) // pixels.shape[1]
+        told = self.reader(seen[:, :-1]).float()
+        return seen, F.smooth_l1_loss(told, figures.repeat_interleave(tokens, 1), beta=0.1)
 
     def forward(self, batch: Batch, seeing: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the answers (0 while it learns ``seeing`` alone), and the error of the readers."""
@@ -183,8 +184,8 @@ class Learner(nn.Module):
         embedded = torch.cat([words[:, :start], seen.to(words.dtype), words[:, start + seen.shape[1] :]], 1)
         told = self.model.model.language_model(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
         middle = told.hidden_states[len(told.hidden_states) // 2][:, start : start + seen.shape[1] - 1]
-        past = self.follower(middle.unflatten(1, (batch.pixels.shape[1], -1)).mean(2)).float()
-        error = error + F.smooth_l1_loss(past, followed(batch.measured), beta=0.1)
+        past, tokens = followed(batch.measured), middle.shape[1] // batch.pixels.shape[1]
+        error = error + F.smooth_l1_loss(self.follower(middle).float(), past.repeat_interleave(tokens, 1), beta=0.1)
         hidden = told.last_hidden_state
         answers = batch.labels[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][answers])
@@ -200,9 +201,10 @@ def make_optimizers(learner: Learner, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def shape_of(step: int, seed: int, load: int) -> tuple[int, int]:
-    """Frames and clips of a step, 8 to 64 frames each; ``load`` frames together."""
-    frames = int(np.random.default_rng([seed, step, 1]).choice([8, 16, 32, 64], p=[0.5, 0.2, 0.15, 0.15]))
+def shape_of(step: int, share: float, seed: int, load: int) -> tuple[int, int]:
+    """Frames and clips of a step: mostly few frames at first, 8 to 64 later; ``load`` frames together."""
+    odds = [0.85, 0.05, 0.05, 0.05] if share < 0.5 else [0.4, 0.2, 0.2, 0.2]
+    frames = int(np.random.default_rng([seed, step, 1]).choice([8, 16, 32, 64], p=odds))
     return frames, max(1, load // frames)
 
 
@@ -264,11 +266,11 @@ def train_video_chat(
     run.average.decay = AVERAGE_DECAY
     while run.begin_step():
         seeing = run.clock.spent < seeing_share * minutes
-        frames, count = (2, load // 2) if seeing else shape_of(run.step, seed, load)
+        frames, count = (2, load // 2) if seeing else shape_of(run.step, run.clock.spent / minutes, seed, load)
         batch = batches(run.step, frames, count, silent=seeing)
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             loss, error = learner(batch, seeing)
-        run.finish_step(loss, 2 * error, seeing=float(error.detach()), frames=frames)
+        run.finish_step(loss, 2 * error, error=float(error.detach()), frames=frames)
         if run.due(save_minutes):
             run.save()
             averaged = Learner(build_model(size, len(tokenizer)))
