@@ -23,6 +23,7 @@ from arsd.decoding.options import number
 from arsd.errors import InputError, StrategyError
 from arsd.generation_laws import DraftLaws, NoNoise, ProcessedLaws
 from arsd.generation_parts import ModelTarget, Prompt, Text, layout_of
+from arsd.models.attention import own_implementation
 
 STATEFUL = (
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -311,8 +312,9 @@ def _refuse_model(model: Any, read: int, num_tokens: int) -> None:
     if model._is_stateful or other or missing:
         why = f"layers of {', '.join(sorted(other))}" if other else f"no argument {missing[0]}" if missing else "a state"
         raise InputError(f"{name} cannot take guesses back (it has {why}): generate_fn needs attention over a plain cache")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise InputError(f"attn_implementation={config._attn_implementation!r} takes no mask of rows: use 'sdpa' or 'eager'")
+    kernel = own_implementation(config)
+    if kernel not in ("sdpa", "eager"):
+        raise InputError(f"attn_implementation={kernel!r} takes no mask of rows: use 'sdpa' or 'eager'")
     windows = []
     if not types or "sliding_attention" in types:
         windows.append(getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None)

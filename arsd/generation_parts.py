@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from arsd.cache import RowCache, harmless_step
 from arsd.decoding.trees import TreeShape
 from arsd.errors import InputError
-from arsd.models.attention import NOBODY, PACKED_QUERIES, Observer, observed
+from arsd.models.attention import NOBODY, PACKED_QUERIES, Observer, observed, own_implementation
 from arsd.models.target import DecoderTarget
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}  # of the self-check, relative; 0.1 in shorter dtypes
@@ -169,7 +169,7 @@ class ModelTarget(DecoderTarget):
         """Whether a pass goes without copies of the keys for every query head, as transformers' passes of one token do."""
         config = self.decoder.config
         grouped = config.num_attention_heads > self.layout.heads
-        return grouped and 1 < width <= PACKED_QUERIES and config._attn_implementation == "sdpa"
+        return grouped and 1 < width <= PACKED_QUERIES and own_implementation(config) == "sdpa"
 
     def _harmless_step(self, pass_tokens: int) -> int | None:
         if not self._packs(pass_tokens):
@@ -204,7 +204,7 @@ def layout_of(model: Any, prompt: Prompt) -> Layout:
     """
     config, embeds = model.config.get_text_config(decoder=True), prompt.embeds
     known = _LAYOUTS.setdefault(model, {})
-    key = (embeds.dtype, embeds.device, config._attn_implementation, torch.is_autocast_enabled(embeds.device.type))
+    key = (embeds.dtype, embeds.device, own_implementation(config), torch.is_autocast_enabled(embeds.device.type))
     try:
         if key not in known:
             known[key] = _checked_layout(model, config.vocab_size, embeds.device)

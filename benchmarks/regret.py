@@ -280,7 +280,6 @@ def controllers() -> dict[str, tuple[Callable[[list[ArmFacts], Tally], Bandit], 
         "ucb-spec, reproducible": (ucb(clock=False), False),
         "UCBSpec as published": (ucb(1.0, 1.0), False),
         "exp3-spec": (exp3(), True),
-        "exp3-spec, no carry": (exp3(), False),
         "EXP3Spec as published": (exp3(1.0, 1.0), False),
         "uniform": (lambda facts, tally: Uniform(facts, tally), False),
     }

@@ -108,6 +108,13 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def own_implementation(config: Any) -> str:
+    """The attention implementation of a configuration, whoever looks on just now."""
+    with _LOCK:
+        users = _USERS.get(id(config))
+        return str(config._attn_implementation if users is None else users[1])
+
+
 @contextmanager
 def observed(model: Any, observer: Observer) -> Iterator[None]:
     """Let ``observer`` look on in the passes of this thread; other threads that use the model notice nothing.
