@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.generation import logits_process as hf
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -21,19 +18,10 @@ from arsd.decoding.costs import PassCosts
 from arsd.decoding.laws import Grammar
 from arsd.decoding.options import number
 from arsd.errors import InputError, StrategyError
-from arsd.generation_laws import DraftLaws, NoNoise, ProcessedLaws
+from arsd.generation_checks import refuse_model, refuse_options
+from arsd.generation_laws import OF_SCORES, DraftLaws, NoNoise, ProcessedLaws
 from arsd.generation_parts import ModelTarget, Prompt, Text, layout_of
-from arsd.models.attention import own_implementation
 
-STATEFUL = (
-    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    hf.ClassifierFreeGuidanceLogitsProcessor,
-    hf.SynthIDTextWatermarkLogitsProcessor,
-    hf.WhisperNoSpeechDetection,
-    hf.DiaClassifierFreeGuidanceLogitsProcessor,
-    hf.DiaEOSDelayPatternLogitsProcessor,
-)
-NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")  # arguments of the model's forward
 READ_HERE = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
 
 
@@ -132,8 +120,8 @@ class GenerateFn:
         num_tokens = min(limits or [generation_config.max_length]) - input_ids.shape[1]
         if num_tokens < 1:
             raise InputError("max_length leaves no room for a new token behind the prompt: set max_new_tokens")
-        _refuse_model(model, input_ids.shape[1] or model_kwargs["inputs_embeds"].shape[1], num_tokens)
-        _refuse_options(generation_config, logits_processor, model_kwargs)
+        refuse_model(model, input_ids.shape[1] or model_kwargs["inputs_embeds"].shape[1], num_tokens)
+        refuse_options(generation_config, logits_processor, model_kwargs)
         if self.streamer is not None and len(input_ids) > 1:
             raise InputError(f"a streamer takes batches of one row, not {len(input_ids)}")
         seed = _checked_seed(seed, bool(generation_config.do_sample))
@@ -179,6 +167,7 @@ class GenerateFn:
             laws=DraftLaws(processors, grammar, not config.do_sample, scale),
             draft_model=self._no_draft_model,
             prompt=_known_ids(ids, prompt),
+            chains_only=self.recheck is not None or any(type(p) not in OF_SCORES for p in processors),
             costs=PassCosts.of_model(model, rows * len(prompt.embeds), prompt.embeds.shape[2]),
         )
         parts = self.strategy.build(setting)
@@ -276,63 +265,6 @@ class Watch:
     def _ready(self, known: list[int]) -> bool:
         waiting = [n for n, end in zip(known, self.ends, strict=True) if self.pad is None or not end]
         return not all(self.ends) and min(waiting) > self.seen
-
-
-def _refuse_options(config: Any, processors: Any, model_kwargs: dict[str, Any]) -> None:
-    """Raise InputError for what ``generate()`` is asked for and this is no way to get."""
-    if config.guidance_scale not in (None, 1):
-        raise InputError(
-            f"guidance_scale counts its calls, which guesses upset: pass cfg_scale={config.guidance_scale} instead "
-            "(with negative_input_ids), and guidance_scale=None"
-        )
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InputError(f"generate_fn decodes greedily or by sampling, not by {mode.value}: leave out the options of that")
-    for processor in processors:
-        if isinstance(processor, STATEFUL):
-            raise InputError(
-                f"{type(processor).__name__} counts its calls, which guesses upset: leave it out (for guidance: cfg_scale)"
-            )
-    wanted = [x for x in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{x}")]
-    if wanted and config.return_dict_in_generate:
-        raise InputError(f"output_{wanted[0]}=True is not supported: a pass computes guesses too; the result has stats")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise InputError("past_key_values holds tokens already: pass the whole text as input_ids, without a cache")
-
-
-def _refuse_model(model: Any, read: int, num_tokens: int) -> None:
-    """Raise InputError for a model whose state cannot be rolled back row by row, or whose text would outgrow its window."""
-    name, config, total = type(model).__name__, model.config.get_text_config(decoder=True), read + num_tokens
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{name} has an encoder: generate_fn is for decoder-only models")
-    types = set(getattr(config, "layer_types", None) or ())
-    other = types - {"full_attention", "sliding_attention", "chunked_attention"}
-    missing = [x for x in NEEDED if x not in inspect.signature(model.forward).parameters]
-    if model._is_stateful or other or missing:
-        why = f"layers of {', '.join(sorted(other))}" if other else f"no argument {missing[0]}" if missing else "a state"
-        raise InputError(f"{name} cannot take guesses back (it has {why}): generate_fn needs attention over a plain cache")
-    kernel = own_implementation(config)
-    if kernel not in ("sdpa", "eager"):
-        raise InputError(f"attn_implementation={kernel!r} takes no mask of rows: use 'sdpa' or 'eager'")
-    windows = []
-    if not types or "sliding_attention" in types:
-        windows.append(getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None)
-    if "chunked_attention" in types:
-        windows.append(getattr(config, "attention_chunk_size", None))
-    if total > min((w for w in windows if w), default=math.inf):
-        raise InputError(
-            f"prompt and new tokens may take {total} slots, more than the attention window of {name} "
-            f"({min(w for w in windows if w)}): lower max_new_tokens"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for table in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
-        original = table.get("original_max_position_embeddings") or config.max_position_embeddings
-        if table.get("rope_type") in ("dynamic", "longrope") and read - 1 <= original < total:
-            raise InputError(
-                f"{name} turns its positions otherwise beyond {original} tokens, and this text may reach {total}: "
-                "lower max_new_tokens"
-            )
 
 
 def _prompt_of(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Prompt:

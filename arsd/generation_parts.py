@@ -90,6 +90,7 @@ class ModelTarget(DecoderTarget):
 
     Attributes:
         observer: looks on in the passes (:func:`arsd.models.attention.observed`), while there is one.
+        reach: slots that the pass in progress fills or finds filled, in the row that is farthest.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class ModelTarget(DecoderTarget):
     ) -> None:
         self.model, self.layout, self.prompt, self.text = model, layout, prompt, text
         self.observer: Observer | None = None
+        self.reach = 0
         behind = torch.arange(1, num_tokens + max_pass_tokens + 1, device=prompt.positions.device)
         behind = prompt.positions[..., -1:] + behind.clamp_max(num_tokens)  # the padding of a pass goes no further
         self._told = torch.cat([prompt.positions, behind], dim=-1)
@@ -120,9 +122,10 @@ class ModelTarget(DecoderTarget):
         self._keep = _last_logits(self.model)
         try:
             if not self.prompt.extras:
+                self.reach = self.unread
                 return super().prefill(starts, 1)
             self.rollback(torch.tensor(starts, device=self.device))
-            ids = self.prompt.ids
+            self.reach, ids = self.prefix, self.prompt.ids
             fed = {"inputs_embeds": self.condition.flatten(0, 1)} if ids is None else {"input_ids": ids.flatten(0, 1)}
             self._observed(*self.cache.begin(self.prefix), {**fed, **self.prompt.extras})
             return 1
@@ -131,6 +134,7 @@ class ModelTarget(DecoderTarget):
 
     def forward(self, tokens: Tensor, lengths: Tensor, starts: list[int], tree: TreeShape | None = None) -> Tensor:
         """See :class:`arsd.decoding.types.Target`."""
+        self.reach = self.unread + max(starts) + tokens.shape[1]
         if self.text is not None:
             self.text.drafted(tokens, lengths, starts, self.active)
         return super().forward(tokens, lengths, starts, tree)

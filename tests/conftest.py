@@ -57,3 +57,14 @@ def samples(tmp_path_factory):
     from families import Samples
 
     return Samples(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture
+def quiet_transformers():
+    """Transformers says errors only, as long as the test runs."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drafting import PROMPTS, drafting
-from test_generate_fn import NEW, end_of, prompts, quiet, tiny  # noqa: F401  quiet is a fixture
+from test_generate_fn import NEW, end_of, prompts, tiny
 from tiny_pipeline import TOKENS, class_pipeline, codes, hushed, one_clear_line, seeded, text_pipeline
 
 import arsd
@@ -27,6 +27,8 @@ ARMS = [
     "token-recycling+prompt-lookup:draft_length=3+prompt-lookup:draft_length=7+sjd:window=4",
     f"{STD}+std:budget=8:draft_length=4+layer-skip:draft_length=3",
 ]
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

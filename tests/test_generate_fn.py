@@ -39,13 +39,7 @@ SINGLE = {"llama eager", "gemma2", "mixtral"}  # transformers' own eager attenti
 IMAGE_WORDS = {f"IMGIMG{chr(65 + n)}Z": 8 + n for n in range(16)}  # the ids 8 .. 23 are codes of pictures
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """transformers warns of every option that greedy decoding does not use; the level is put back."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def peaked(model: Any) -> Any:

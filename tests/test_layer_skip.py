@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_generate_fn import SIZES, both, peaked, prompts, quiet, tiny  # noqa: F401  quiet is used by name
+from test_generate_fn import SIZES, both, peaked, prompts, tiny
 from test_lookup import assert_plain
 from tiny_pipeline import hushed, one_clear_line, text_pipeline
 
@@ -19,7 +19,7 @@ from arsd.errors import StrategyError
 from arsd.generation import generate_fn
 from arsd.models.layer_skip import Sublayer, num_layers, skipping
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 KINDS = ("qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "cohere", "granite", "emu3", "chameleon", "llama eager")
 
 

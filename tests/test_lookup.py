@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate_fn import NEW, both, end_of, prompts, quiet, tiny  # noqa: F401  quiet is used by name
+from test_generate_fn import NEW, both, end_of, prompts, tiny
 from tiny_pipeline import one_clear_line
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from arsd.errors import StrategyError
 from arsd.exactness.tables import HashTarget, run
 from arsd.generation import generate_fn
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 class Says(HashTarget):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate_fn import both, prompts, quiet, tiny  # noqa: F401  quiet is used by name
+from test_generate_fn import both, prompts, tiny
 from test_lookup import assert_plain
 from tiny_pipeline import one_clear_line
 from torch import Tensor
@@ -29,7 +29,7 @@ from arsd.decoding.recycling import TREES, RecyclingDrafter, tree_of
 from arsd.errors import StrategyError
 from arsd.exactness.tables import HashTarget, run
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 class Follows(HashTarget):

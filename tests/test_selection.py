@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from video_llms import clip, inputs, tiny
 
@@ -73,12 +72,7 @@ def chosen(policy: str, budget: int | None, frames: int = 16) -> Choice:
     return choice
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def grouped(attention: Tensor, groups: int = 2) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny_pipeline import class_pipeline
 from torch import Tensor
 from video_llms import clip, inputs, tiny
@@ -66,12 +66,7 @@ def acceptance(out: Any, length: int) -> float:
     return (sum(stats.tokens) - passes) / (passes * length)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 # ----------------------------------------------------------------------------------------------------------------- exact
@@ -269,3 +264,35 @@ def test_it_is_a_strategy_like_all_others(tmp_path):
     strategy = arsd.parse_strategy("std:budget=256,draft_length=5,policy=h2o,refresh=0.7")
     strategy.save_pretrained(tmp_path)
     assert str(arsd.SparseToDense.from_pretrained(tmp_path)) == str(strategy) and strategy.lossless and strategy.seed_exact
+
+
+def test_threads_that_share_a_model_do_not_see_each_other():
+    """The implementation is switched while a pass is looked at; nobody else may take it for the model's own."""
+    texts: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        try:
+            texts[number] = [run("llava-onevision", "std:budget=8,draft_length=3").sequences for _ in range(3)]
+        except Exception as error:  # told below
+            texts[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    plain = generated("llava-onevision", 1)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(found, list) and all(torch.equal(text, plain) for text in found) for found in texts.values()), (
+        texts
+    )
+    assert model_of("llava-onevision").config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {}])
+def test_a_bandit_leaves_out_trees_where_chains_are_needed(options):
+    plain = model_of("llava-onevision").generate(**asked("llava-onevision"), max_new_tokens=NEW, do_sample=False, **options)
+    how = generate_fn("ucb-spec", recheck=None if options else 0.01)
+    out = run("llava-onevision", how, **options)
+    assert torch.equal(out.sequences, plain)
+    assert "token-recycling" not in out.stats.arms and "std:draft_length=3" in out.stats.arms
+    assert "token-recycling" in run("llava-onevision", "ucb-spec").stats.arms

@@ -23,12 +23,7 @@ from arsd.pipelines.video_parts import Pieces, said
 NEW, ASKED = 40, ["What?", "What is seen here, and then?"]
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(params=KINDS)

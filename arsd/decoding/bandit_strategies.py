@@ -195,7 +195,7 @@ def _possible(arm: DecodingStrategy, setting: Setting) -> bool:
         parts = arm.build(replace(setting))
     except StrategyError:
         return False
-    return getattr(parts.drafter, "tree", None) is None or not getattr(setting, "chains_only", False)
+    return getattr(parts.drafter, "tree", None) is None or not setting.chains_only
 
 
 def _draws(setting: Setting) -> Callable[[int], float]:

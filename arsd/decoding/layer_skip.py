@@ -149,7 +149,9 @@ class LayerSkipDraft:
 
     def _hear(self) -> None:
         """How many of the last guesses were accepted, in rows that have moved since; perhaps another choice."""
-        moved = [min(n - m - 1, self.drafted) for m, n in zip(self.before, self.starts, strict=True) if n > m]
+        moved = [n - m - 1 for m, n in zip(self.before, self.starts, strict=True) if n > m]
+        if any(n > self.drafted for n in moved):  # other drafters came between
+            return
         self.search.heard(sum(moved), sum(min(n + 1, self.drafted) for n in moved))
         if self.search.trying != self.used:
             self._use(self.search.trying)

@@ -72,7 +72,7 @@ class SparseToDense(DecodingStrategy):
         options = self.config["policy"], budget, self.config["refresh"]
         rule = SeedExact() if self.seed_exact else RejectionSampling()
         window = self.config["draft_length"] + 1
-        drafts = replace(setting, window=window, rule=rule, draft_model=lambda window: SparseDraft(*options, window))
+        drafts = replace(setting, window=window, rule=rule, draft_model=lambda window: SparseDraft(*options))
         return Parts(ChainDrafter(drafts), rule, FixedWindow(window), self.config["pass_tokens"] or window)
 
 

@@ -228,7 +228,8 @@ class Controller(Protocol):
     """How many guesses to make.
 
     Optional: ``pass_tokens()``, called after ``window()``: tokens of this pass, at least the window (or the columns of the
-    tree that the drafter makes in it) and at most ``Parts.pass_tokens``, which is what a pass takes without it.
+    tree that the drafter makes in it) and at most ``Parts.pass_tokens``, which is what a pass takes without it; and
+    ``pulls()``: rounds of each arm, for ``DecodeStats.arms``, where it chooses among strategies.
     """
 
     def window(self) -> int:

@@ -61,7 +61,7 @@ class Choice:
         """See :class:`arsd.models.attention.Observer`."""
         size, device = self.hidden.shape[1], key.device
         slots = self.target.cache.places.to(device)
-        width = int(slots.max()) + 1  # of a verifying pass that is the prompt and the text so far
+        width = self.target.reach  # of a verifying pass that is the prompt and the text so far
         visual, hidden = (pad(x, (0, width - size)).to(device) for x in (self.visual, self.hidden))
         last = torch.where(visual.any(1), width - visual.flip(1).long().argmax(1), 0)  # behind the last picture
         voters = slots >= last.clamp_max(width - 1)[:, None]
@@ -95,11 +95,10 @@ class SparseDraft:
         budget: visual entries per layer and key/value head; ``None``: all.
         refresh: choose anew from the queries of the next verifying pass while the running share of accepted guesses is below
             this; ``None``: never.
-        window: the most guesses between two verifying passes, and one.
     """
 
-    def __init__(self, policy: str, budget: int | None, refresh: float | None, window: int) -> None:
-        self.policy, self.budget, self.refresh, self.window = POLICIES[policy], budget, refresh, window
+    def __init__(self, policy: str, budget: int | None, refresh: float | None) -> None:
+        self.policy, self.budget, self.refresh = POLICIES[policy], budget, refresh
         self.cache: CompactCache | None = None
         self.acceptance, self.refreshes = 1.0, 0
         self.starts: list[int] = []
