@@ -223,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pipe = VideoLLMPipeline.from_pretrained(options.model, dtype=options.dtype)
     clips = sorted(options.clips.glob("*.webp"))
-    clips = clips[:: max(1, len(clips) // options.count)][: options.count]
+    clips = clips[-options.count :]  # the first ones served to choose the defaults of the bandits
     report = json.loads(options.out.read_text()) if options.out.is_file() else {}
     report |= {
         "model": options.model,

@@ -294,5 +294,5 @@ def test_a_bandit_leaves_out_trees_where_chains_are_needed(options):
     how = generate_fn("ucb-spec", recheck=None if options else 0.01)
     out = run("llava-onevision", how, **options)
     assert torch.equal(out.sequences, plain)
-    assert "token-recycling" not in out.stats.arms and "std:draft_length=3" in out.stats.arms
+    assert "token-recycling" not in out.stats.arms and "std:budget=256,draft_length=3" in out.stats.arms
     assert "token-recycling" in run("llava-onevision", "ucb-spec").stats.arms

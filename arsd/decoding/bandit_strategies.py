@@ -31,10 +31,10 @@ from arsd.decoding.strategies import STRATEGIES, Autoregressive, DecodingStrateg
 from arsd.decoding.types import Parts
 from arsd.errors import StrategyError
 
-OF_TEXTS = ("prompt-lookup", "token-recycling", *(f"std:draft_length={length}" for length in (3, 5, 9)))
+OF_TEXTS = ("prompt-lookup", "token-recycling", *(f"std:budget=256:draft_length={length}" for length in (3, 5, 9)))
 OF_PICTURES = tuple(f"sjd:window={window}" for window in (8, 16, 32))
-SCALE, FADE = {"ucb-spec": 0.1, "exp3-spec": 1.0}, {"ucb-spec": 0.98, "exp3-spec": 1.0}  # by benchmarks/regret.py
-DISCOUNT = 0.8
+SCALE, FADE = {"ucb-spec": 0.05, "exp3-spec": 1.0}, {"ucb-spec": 0.999, "exp3-spec": 1.0}
+DISCOUNT = 1.0
 AHEAD = 256  # random numbers made at a time
 
 _CARRIED: WeakKeyDictionary[DecodingStrategy, dict[Any, Tally]] = WeakKeyDictionary()

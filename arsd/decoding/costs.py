@@ -18,7 +18,9 @@ from arsd.errors import InputError
 
 # Reads in bytes per second where the device does not tell; seconds of launches and Python per decoder layer and pass.
 BANDWIDTH = {"cpu": 2e10, "cuda": 1e12, "mps": 2e11}
-OVERHEAD = {"cpu": 4e-4, "cuda": 6e-4, "mps": 6e-4}
+OVERHEAD = {"cpu": 1.5e-4, "cuda": 6e-4, "mps": 6e-4}
+# On a CPU arithmetic shows: (tokens of a pass, its cost), as benchmarks/video_decoding.py measured them on two cores.
+WIDE = {"cpu": ((4, 1.5), (6, 1.65), (10, 1.8), (20, 2.8))}
 SHARE = 0.8  # of the bandwidth on the data sheet that reads reach
 
 
@@ -169,7 +171,8 @@ class PassCosts:
             raise InputError(f"{type(model).__name__} does not tell its sizes ({error}): make PassCosts yourself") from None
         bandwidth = _bandwidth(device) if bandwidth is None else bandwidth
         overhead = OVERHEAD.get(device.type, OVERHEAD["cuda"]) * layers if overhead_seconds is None else overhead_seconds
-        return cls(weights, 2 * layers * heads * head_dim * itemsize, rows, context, overhead * bandwidth, bandwidth)
+        entry, wide = 2 * layers * heads * head_dim * itemsize, WIDE.get(device.type, ())
+        return cls(weights, entry, rows, context, overhead * bandwidth, bandwidth, wide)
 
 
 def _weights(decoder: nn.Module, head: nn.Module | None) -> float:
