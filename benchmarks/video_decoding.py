@@ -5,11 +5,14 @@
     python benchmarks/video_decoding.py --part costs  # predicted against measured speed alone
 
 Part `text`: held-out clips of 64 frames (2,305 visual tokens of the shipped model) are described greedily by every strategy,
-strategies in turns, clip by clip; bandits carry their statistics from clip to clip. `accepted` is the share of guesses
-that the dense pass took; seconds are those behind the prefill, per token, and the speed is the mean ratio to plain AR of the
-same clip with the 95 % interval of the pairs. Part `costs`: passes of the model over n x batch; the speed of Sparse-to-Dense
-by research's cost model, with overhead and bandwidth fitted to passes of plain AR only and p from the accepted share, beside
-the measured one. Options: --clips, --model, --count, --frames, --dtype, --threads, --part, --out.
+strategies in turns, clip by clip; bandits carry their statistics from clip to clip. What has a bound to keep (plain AR and
+the bandit) is decoded --rounds times per clip, by as many objects with statistics of their own, the others once. `accepted`
+is the share of guesses that the dense pass took; seconds are those behind the prefill, per token, and the speed is the mean
+ratio to plain AR of the same clip with the 95 % interval over the clips. Part `costs`: passes of the model over n x batch;
+the speed of Sparse-to-Dense by research's cost model, with overhead and bandwidth fitted to passes of plain AR only and p
+from the accepted share, beside the measured one.
+
+Options: --clips, --model, --count, --frames, --dtype, --threads, --strategies, --rounds, --part, --out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ STRATEGIES = (
     "ucb-spec",
     "exp3-spec",
 )
+BOUND = ("ar", "ucb-spec")
 
 
 def per_token(stats: Any, parts: tuple[str, ...] = ("draft", "forward", "verify", "other")) -> float:
@@ -64,32 +69,33 @@ def guesses_of(strategy: DecodingStrategy) -> int:
     return int(strategy.config.get("draft_length") or 0)
 
 
-def text_part(pipe: VideoLLMPipeline, clips: list[Path], frames: int) -> dict[str, Any]:
+def text_part(pipe: VideoLLMPipeline, clips: list[Path], frames: int, texts: Sequence[str], rounds: int) -> dict[str, Any]:
     """Every strategy on every clip, in turns."""
-    strategies = {text: parse_strategy(text) for text in STRATEGIES}
-    found: dict[str, list[Any]] = {text: [] for text in strategies}
-    visual, same = [], dict.fromkeys(strategies, 0)
-    for strategy in [*strategies.values()]:  # compile caches and self-checks are nobody's seconds
-        pipe(clips[0], QUESTION, num_frames=frames, decoder=parse_strategy(str(strategy)))
+    turns = [(text, parse_strategy(text)) for n in range(rounds) for text in texts if not n or text in BOUND]
+    found: dict[str, list[list[Any]]] = {text: [] for text in texts}  # of each clip, of each round
+    visual, same = [], dict.fromkeys(texts, 0)
+    for text in texts:  # compile caches and self-checks are nobody's seconds
+        pipe(clips[0], QUESTION, num_frames=frames, decoder=text)
     for number, clip in enumerate(clips):
-        names = list(strategies)
-        first = number % len(names)
-        outs = {}
-        for name in names[first:] + names[:first]:
-            outs[name] = pipe(clip, QUESTION, num_frames=frames, decoder=strategies[name])
-        for name, out in outs.items():
-            found[name].append(out.stats)
-            same[name] += int(torch.equal(out.tokens, outs["ar"].tokens))
-        visual.append(outs["ar"].num_visual_tokens)
-        print(f"{number + 1}/{len(clips)} {clip.name}: {outs['ar'].stats.tokens[0]} tokens", flush=True)
-    rows = [row_of(name, found, guesses_of(strategies[name]), same[name]) for name in strategies]
-    return {"clips": len(clips), "visual_tokens": [min(visual), max(visual)], "frames": frames, "rows": rows}
+        outs: dict[str, list[Any]] = {text: [] for text in texts}
+        first = number * len(turns) // len(clips)
+        for text, strategy in turns[first:] + turns[:first]:
+            outs[text].append(pipe(clip, QUESTION, num_frames=frames, decoder=strategy))
+        plain = outs["ar"][0]
+        for text, several in outs.items():
+            found[text].append([out.stats for out in several])
+            same[text] += int(all(torch.equal(out.tokens, plain.tokens) for out in several))
+        visual.append(plain.num_visual_tokens)
+        print(f"{number + 1}/{len(clips)} {clip.name}: {plain.stats.tokens[0]} tokens", flush=True)
+    rows = [row_of(text, found, guesses_of(parse_strategy(text)), same[text]) for text in texts]
+    visible = {"clips": len(clips), "visual_tokens": [min(visual), max(visual)], "frames": frames}
+    return visible | {"rounds": rounds, "bound": list(BOUND), "rows": rows}
 
 
-def row_of(name: str, found: dict[str, list[Any]], length: int, same: int) -> dict[str, Any]:
+def row_of(name: str, found: dict[str, list[list[Any]]], length: int, same: int) -> dict[str, Any]:
     """Figures of one strategy over all clips."""
-    stats = found[name]
-    mine, plain = [per_token(s) for s in stats], [per_token(s) for s in found["ar"]]
+    mine, plain = ([statistics.fmean(map(per_token, clip)) for clip in found[text]] for text in (name, "ar"))
+    stats = [one for clip in found[name] for one in clip]
     tokens, passes = sum(sum(s.tokens) for s in stats), sum(s.forward_passes for s in stats)
     shares = [accepted(s, length) for s in stats] if length else []
     arms: dict[str, int] = {}
@@ -216,6 +222,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="of the part text; ar is among them")
+    parser.add_argument("--rounds", type=int, default=3, help="of plain AR and the bandit, in the part text")
     parser.add_argument("--repeats", type=int, default=5, help="of the part costs")
     parser.add_argument("--part", choices=("text", "costs", "all"), default="all")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "video-decoding.json")
@@ -232,7 +240,9 @@ def main() -> None:
         "device": device_kind(pipe.device),
     }
     if options.part in ("text", "all"):
-        report["text"] = text_part(pipe, clips, options.frames)
+        report["text"] = text_part(
+            pipe, clips, options.frames, ("ar", *(s for s in options.strategies if s != "ar")), options.rounds
+        )
         show_text(report["text"])
         write_atomically(options.out, json.dumps(report, indent=1) + "\n")
     if options.part in ("costs", "all"):

@@ -17,7 +17,6 @@ from arsd.decoding import (
     Autoregressive,
     CounterNoise,
     Grammar,
-    Law,
     LawConfig,
     Parts,
     SeedExactTree,
@@ -102,7 +101,7 @@ def test_the_last_law_of_a_token_overwrites_its_row_and_what_it_excludes_keeps_i
         scores[torch.rand(3, 5, 9, generator=generator) < 0.7] = -torch.inf
         read = torch.randint(9, (3, 5), generator=generator)
         counts = torch.rand(3, 5, generator=generator) < 0.7
-        made.learn(Law(scores), read, counts)
+        made.learn(scores, read, counts)
         before = {b: [list(row) for row in table] for b, table in rows.items()}
         for b in range(3):
             for n in range(5):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arsd.decoding.backlog import Backlog, hears_late
 from arsd.decoding.bandits import ArmFacts, Bandit
 from arsd.decoding.chain import ChainDrafter, ModelDrafter
 from arsd.decoding.costs import PassCosts
 from arsd.decoding.laws import Law
 from arsd.decoding.lookup import LookupDrafter
-from arsd.decoding.recycling import RecyclingDrafter
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.strategies import STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
 from arsd.decoding.types import Draft, Parts, Step, Target, Verdict
@@ -197,6 +197,7 @@ class Arms:
 
     def __init__(self, arms: list[Arm], num_tokens: int) -> None:
         self.arms, self.now, self.drafting = arms, arms[0], 0.0
+        self._steady: tuple[Any, Any] = None, None  # of this round
         self.pass_tokens = max(arm.pass_tokens for arm in arms)
         self.longest = max(arm.facts.length + 1 for arm in arms)
         # every drafter once, with the last position that its buffers bear: that of its window at the end of a row
@@ -205,7 +206,9 @@ class Arms:
 
     def steady(self, step: Step) -> Step:
         """The step with noise of one buffer size."""
-        return replace(step, noise=SteadyNoise(step.noise, self.longest))
+        if self._steady[0] is not step:
+            self._steady = step, replace(step, noise=SteadyNoise(step.noise, self.longest))
+        return self._steady[1]
 
 
 class Onlookers:
@@ -227,10 +230,12 @@ class Onlookers:
 
 
 class ArmsDrafter:
-    """Guesses of the arm that has the round; every drafter hears of every outcome."""
+    """Guesses of the arm that has the round; every drafter hears of every outcome, before its next guesses or at once."""
 
     def __init__(self, arms: Arms) -> None:
         self.arms = arms
+        self.backlog = Backlog([drafter for drafter, _ in arms.drafters if hears_late(drafter)])
+        self.prompt = [(drafter, last) for drafter, last in arms.drafters if not hears_late(drafter)]
         self.target: Any = None  # until the first round
         self.needs_law = any(drafter.needs_law for drafter, _ in arms.drafters)
         trees = (getattr(drafter, "tree", None) for drafter, _ in arms.drafters)
@@ -250,7 +255,9 @@ class ArmsDrafter:
 
     def propose(self, step: Step) -> Draft:
         """See :class:`arsd.decoding.types.Drafter`."""
-        began, drafter = time.perf_counter(), self.arms.now.parts.drafter
+        drafter = self.arms.now.parts.drafter
+        self.backlog.tell(drafter)
+        began = time.perf_counter()
         if self.target is not None:
             if getattr(self.target, "observer", None) is not None:
                 self.target.observer = None  # a pass of plain AR is to be one
@@ -266,11 +273,12 @@ class ArmsDrafter:
 
         A drafter sees all of a window that is longer than its own; what lies behind its buffers is never committed.
         """
-        step = self.arms.steady(step)
-        for drafter, last in self.arms.drafters:
-            other = drafter is not self.arms.now.parts.drafter
-            mine = replace(step, positions=step.positions.clamp_max(last)) if other else step
-            drafter.observe(mine, law, verdict, lengths)
+        step, now = self.arms.steady(step), self.arms.now.parts.drafter
+        now.observe(step, law, verdict, lengths)
+        for drafter, last in self.prompt:
+            if drafter is not now:
+                drafter.observe(replace(step, positions=step.positions.clamp_max(last)), law, verdict, lengths)
+        self.backlog.add(now, step, law, verdict)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """See :class:`arsd.decoding.types.Drafter`.
@@ -279,6 +287,7 @@ class ArmsDrafter:
             StrategyError: when a drafter cannot begin another picture.
         """
         for drafter, _ in self.arms.drafters:
+            self.backlog.tell(drafter)
             if not hasattr(drafter, "join"):
                 name = type(drafter).__name__
                 raise StrategyError(f"drafter {name} cannot begin another picture in a freed row: leave out batch_size")
@@ -295,9 +304,6 @@ class ArmsRule:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
-        for drafter, _ in self.arms.drafters:
-            if isinstance(drafter, RecyclingDrafter) and draft.tree is None:  # a verdict would show the accepted path only
-                drafter.learn(law, torch.cat([drafter.last, draft.tokens], 1), step.active)
         return self.arms.now.parts.rule.verify(self.arms.steady(step), law, draft)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
@@ -355,9 +361,10 @@ class ArmsController:
         """
         bandit, found = self.bandit, {}
         with bandit.tally.lock:
+            costs = bandit.costs()
             for i, (name, count) in enumerate(self.pulls().items()):
                 tokens = bandit.mean_tokens(i) if bandit.tally.seen[i] else 0.0
-                found[name] = {"pulls": float(count), "tokens": tokens, "cost": bandit.cost(i)}
+                found[name] = {"pulls": float(count), "tokens": tokens, "cost": costs[i]}
                 found[name]["rate"] = tokens / found[name]["cost"]
         return found
 

@@ -33,8 +33,8 @@ from arsd.errors import StrategyError
 
 OF_TEXTS = ("prompt-lookup", "token-recycling", *(f"std:budget=256:draft_length={length}" for length in (3, 5, 9)))
 OF_PICTURES = tuple(f"sjd:window={window}" for window in (8, 16, 32))
-SCALE, FADE = {"ucb-spec": 0.05, "exp3-spec": 1.0}, {"ucb-spec": 0.999, "exp3-spec": 1.0}
-DISCOUNT = 1.0
+SCALE, FADE = {"ucb-spec": 0.2, "exp3-spec": 1.0}, {"ucb-spec": 0.999, "exp3-spec": 1.0}
+RISK, DISCOUNT = 0.01, 1.0
 AHEAD = 256  # random numbers made at a time
 
 _CARRIED: WeakKeyDictionary[DecodingStrategy, dict[Any, Tally]] = WeakKeyDictionary()
@@ -45,8 +45,8 @@ class BanditStrategy(DecodingStrategy):
     """Base of the strategies with arms. Whole strategies are the arms, and one of them has each round.
 
     All arms must be lossless and seed-exact: then the tokens are those of plain AR, whatever the choices, and so are the
-    choices free to use clocks. Plain AR is always among the arms, in passes of one token: where no guess is worth its cost,
-    a text costs what plain AR costs, but for the rounds that show it.
+    choices free to use clocks. Plain AR is always among the arms, in passes of one token, and has the round while the others
+    have lost more against it than ``risk`` allows.
     """
 
     algorithm: type[Bandit] = Bandit
@@ -62,6 +62,8 @@ class BanditStrategy(DecodingStrategy):
         for name in ("fade", "discount"):
             if not 0 < number(name, config[name], 0) <= 1:
                 raise StrategyError(f"{name} must be a number > 0 and <= 1, not {config[name]!r}")
+        if config["risk"] is not None:
+            number("risk", config["risk"], 0, otherwise=" or none")
         if config["pass_tokens"] is not None:
             whole("pass_tokens", config["pass_tokens"], 1)
         for name in ("carry", "reproducible"):
@@ -79,7 +81,7 @@ class BanditStrategy(DecodingStrategy):
         """
         arms = Arms(self._arms(setting), setting.num_tokens)
         timed = not self.config["reproducible"]
-        how = self.config["scale"], self.config["fade"], timed
+        how = self.config["scale"], self.config["fade"], timed, self.config["risk"]
         bandit = self.algorithm([arm.facts for arm in arms.arms], self._tally(arms, setting), *how)
         controller = ArmsController(arms, bandit, _draws(setting) if bandit.draws else lambda index: 0.0)
         return Parts(ArmsDrafter(arms), ArmsRule(arms), controller, arms.pass_tokens)
@@ -131,6 +133,9 @@ class UCBSpec(BanditStrategy):
         discount: what earlier calls count for, at each new one.
         reproducible: choose by the cost model and accepted guesses only, never by a clock, and carry nothing over: the
             passes then have the same shapes in every run.
+        risk: what guesses may lose against plain AR: of N tokens, in all calls from which statistics were carried over, the
+            time of ``risk`` N of its passes and of the 10 first ones (or of the dearest round, if that is more). ``None``:
+            anything, as published.
         pass_tokens: the least tokens of every pass, as in other strategies. ``None``: each arm feeds what it needs.
 
     Raises:
@@ -149,6 +154,7 @@ class UCBSpec(BanditStrategy):
         carry: bool = True,
         discount: float = DISCOUNT,
         reproducible: bool = False,
+        risk: float | None = RISK,
         pass_tokens: int | None = None,
     ) -> None:
         self._check(arms)
@@ -166,6 +172,7 @@ class EXP3Spec(BanditStrategy):
         carry: as for :class:`UCBSpec`.
         discount: as for :class:`UCBSpec`.
         reproducible: as for :class:`UCBSpec`. The draws belong to the seed of the call in either mode.
+        risk: as for :class:`UCBSpec`.
         pass_tokens: as for :class:`UCBSpec`.
 
     Raises:
@@ -184,6 +191,7 @@ class EXP3Spec(BanditStrategy):
         carry: bool = True,
         discount: float = DISCOUNT,
         reproducible: bool = False,
+        risk: float | None = RISK,
         pass_tokens: int | None = None,
     ) -> None:
         self._check(arms)

@@ -18,6 +18,7 @@ DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
 CHANCE = 0.6  # that a guess is taken, before anything is known
 TRUST = 1.0  # timed rounds that the cost model is worth
 FORGOTTEN = 1e-6  # rounds of which nothing is left
+ALLOWANCE = 10.0  # passes of plain AR that may be lost at first, or those of the dearest round
 SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
 
 
@@ -74,13 +75,15 @@ class Tally:
         timed: rounds behind ``seconds``.
         seconds: of the arm's rounds, its own or inferred.
         losses: summed loss estimates of EXP3.
-        drawn: random choices so far, which does not fade.
+        purse: what guesses may still lose against plain AR, in its passes; ``None`` before the first round. Never fades.
+        drawn: random choices so far, which does not fade either.
         warm: arms whose first round was seen. It is not timed: kernels of a new pass shape are still being chosen.
         lock: held while the sums are read or changed.
     """
 
     def __init__(self, arms: int, warm: set[int] | None = None) -> None:
         self.pulls, self.seen, self.tokens, self.timed, self.seconds, self.losses = ([0.0] * arms for _ in range(6))
+        self.purse: float | None = None
         self.drawn, self.warm, self.lock = 0, set[int]() if warm is None else warm, threading.Lock()
 
     def discount(self, factor: float) -> None:
@@ -98,6 +101,7 @@ class Bandit:
         scale: see the subclass.
         fade: what all that was seen counts for after one more round: arms get better and worse along a text.
         clock: whether measured seconds count; else the costs are those of ``facts``.
+        risk: what may be lost against the first arm without guesses, of its own cost; ``None``: anything.
 
     Attributes:
         draws: whether it chooses at random.
@@ -112,9 +116,14 @@ class Bandit:
         scale: float = 1.0,
         fade: float = 1.0,
         clock: bool = True,
+        risk: float | None = None,
     ) -> None:
-        self.facts, self.scale, self.fade, self.clock = list(facts), scale, fade, clock
+        self.facts, self.scale, self.fade, self.clock, self.risk = list(facts), scale, fade, clock, risk
         self.tally = Tally(len(self.facts)) if tally is None else tally
+        self.plain = next((arm for arm, fact in enumerate(self.facts) if not fact.length), None)
+        self.full = max(ALLOWANCE, *(fact.cost - 1 for fact in self.facts)) if self.facts else ALLOWANCE
+        if self.tally.purse is None:
+            self.tally.purse = self.full
 
     def choose(self, draw: float) -> int:
         """The arm of the next round; ``draw`` is uniform on (0, 1), for those that need it."""
@@ -140,6 +149,7 @@ class Bandit:
         tally.pulls[arm] += 1
         timed = self.clock and arm in tally.warm
         tally.warm.add(arm)
+        self._pay(arm, sum(counts) / len(counts), seconds if timed else None)
         for other in self._shown_by(arm):
             most = self.facts[other].length
             tokens = sum(min(count, most + 1) for count in counts) / len(counts)
@@ -148,6 +158,31 @@ class Bandit:
             if timed:
                 self._time(other, seconds - drafting * (1 - most / max(1, length)) if other != arm else seconds)
             self._weigh(other, tokens)
+
+    def allowed(self, costs: Sequence[float]) -> list[bool]:
+        """Arms whose next round cannot, by what is known of them, lose more than the purse holds. Plain AR always is.
+
+        What is refused is left to plain AR until the purse has filled again, so of N tokens no more than
+        ``risk`` N + ``full`` passes of plain AR are lost (conservative bandits, Wu et al. 2016, arXiv 1602.04282), but for
+        errors of the mean costs and the bad luck of one round.
+        """
+        if self.risk is None or self.plain is None:
+            return [True] * len(self.facts)
+        unit, purse, tally = costs[self.plain], self.tally.purse or 0.0, self.tally
+        worth = [tokens / seen if seen else 1.0 for tokens, seen in zip(tally.tokens, tally.seen, strict=True)]
+        loses = [cost / unit - tokens for cost, tokens in zip(costs, worth, strict=True)]
+        return [arm == self.plain or loss <= purse for arm, loss in enumerate(loses)]
+
+    def _pay(self, arm: int, tokens: float, seconds: float | None) -> None:
+        """Into the purse: a share of what the tokens would have cost, and what the round gained or lost."""
+        if self.risk is None or self.plain is None:
+            return
+        gain = 0.0
+        if arm != self.plain and (seconds is not None or not self.clock):
+            costs = self.costs()
+            cost = costs[arm] if seconds is None else min(seconds, SPIKE * costs[arm])
+            gain = tokens - cost / costs[self.plain]
+        self.tally.purse = min(self.full, (self.tally.purse or 0.0) + self.risk * tokens + gain)
 
     @property
     def rounds(self) -> float:
@@ -158,14 +193,15 @@ class Bandit:
         """Y of an arm that was seen."""
         return self.tally.tokens[arm] / self.tally.seen[arm]
 
-    def cost(self, arm: int) -> float:
-        """Of a round: its mean seconds, which begin at what the cost model makes of those of all arms."""
+    def costs(self) -> list[float]:
+        """Of a round of each arm: its mean seconds, which begin at what the cost model makes of those of all arms."""
         if not self.clock:
-            return self.facts[arm].cost
+            return [fact.cost for fact in self.facts]
         tally = self.tally
         model = sum(n * fact.cost for n, fact in zip(tally.timed, self.facts, strict=True))
-        unit = sum(tally.seconds) / model if model else 1.0
-        return (tally.seconds[arm] + TRUST * unit * self.facts[arm].cost) / (tally.timed[arm] + TRUST)
+        unit = TRUST * (sum(tally.seconds) / model if model else 1.0)
+        parts = zip(tally.seconds, tally.timed, self.facts, strict=True)
+        return [(seconds + unit * fact.cost) / (timed + TRUST) for seconds, timed, fact in parts]
 
     def _shown_by(self, arm: int) -> Iterator[int]:
         """The arms whose Y a round of ``arm`` shows."""
@@ -200,18 +236,21 @@ class UCB(Bandit):
 
     def choose(self, draw: float = 0.0) -> int:
         """See :class:`Bandit`; nothing is drawn."""
-        arms, tally = range(len(self.facts)), self.tally
+        tally, costs = self.tally, self.costs()
+        arms = [arm for arm, may in enumerate(self.allowed(costs)) if may]
         fresh = [arm for arm in arms if not tally.seen[arm]]
         if not fresh and self.clock:  # a first round is not timed
             fresh = [arm for arm in arms if not tally.timed[arm]]
-        return max(fresh, key=self._promise) if fresh else max(arms, key=self.index)
+        if fresh:
+            return max(fresh, key=self._promise)
+        rounds = self.rounds
+        return max(arms, key=lambda arm: self.bound(arm, rounds) / costs[arm])
 
-    def index(self, arm: int) -> float:
-        """The upper bound of an arm that was seen."""
+    def bound(self, arm: int, rounds: float) -> float:
+        """The upper bound of the tokens in a round of an arm that was seen, by the ``rounds`` so far and the next one."""
         longest = max(1, self.facts[arm].length)
-        seen = max(self.tally.seen[arm], FORGOTTEN)
-        radius = confidence_radius(seen, self.rounds, len(self.facts), longest)
-        return min(self.mean_tokens(arm) + self.scale * radius, longest + 1.0) / self.cost(arm)
+        radius = confidence_radius(max(self.tally.seen[arm], FORGOTTEN), rounds, len(self.facts), longest)
+        return min(self.mean_tokens(arm) + self.scale * radius, longest + 1.0)
 
     def _promise(self, arm: int) -> float:
         return expected_tokens(CHANCE, self.facts[arm].length) / self.facts[arm].cost
@@ -232,11 +271,18 @@ class EXP3(Bandit):
     """
 
     draws = True
+    _free = True
 
     def probabilities(self) -> list[float]:
-        """p_t of every arm."""
+        """p_t of every arm; what falls to arms that are not allowed falls to plain AR."""
         arms = len(self.facts)
-        return exponential_weights(self.tally.losses, self.scale * learning_rate(self.rounds, arms))
+        weights = exponential_weights(self.tally.losses, self.scale * learning_rate(self.rounds, arms))
+        allowed = self.allowed(self.costs())
+        self._free = all(allowed)
+        if self.plain is not None and not self._free:
+            weights = [p if may else 0.0 for p, may in zip(weights, allowed, strict=True)]
+            weights[self.plain] += 1 - sum(weights)
+        return weights
 
     def choose(self, draw: float) -> int:
         """See :class:`Bandit`."""
@@ -250,11 +296,13 @@ class EXP3(Bandit):
 
     def loss(self, arm: int, tokens: float) -> float:
         """Of a round with Y = ``tokens``, in [0, 1] while the mean costs hold."""
-        costs = [self.cost(other) for other in range(len(self.facts))]
+        costs = self.costs()
         best = max((fact.length + 1) / cost for fact, cost in zip(self.facts, costs, strict=True))
         worst = min(1 / cost for cost in costs)
         return (best - tokens / costs[arm]) / (best - worst) if best > worst else 0.0
 
     def _weigh(self, arm: int, tokens: float) -> None:
+        if not self._free:  # arms that cannot be drawn have no estimate, and would seem to lose nothing
+            return
         seen = sum(p for other, p in enumerate(self._drawn_from) if arm in self._shown_by(other))
         self.tally.losses[arm] += self.loss(arm, tokens) / seen

@@ -12,7 +12,7 @@ from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
 from arsd.decoding.options import number, whole
 from arsd.decoding.strategies import Setting
-from arsd.decoding.types import Draft, DraftModel, Step, Target, Verdict
+from arsd.decoding.types import Draft, DraftModel, Seen, Step, Target, Verdict
 from arsd.errors import StrategyError
 
 
@@ -40,7 +40,8 @@ class ModelDrafter:
         self.laws, self.needs_law = setting.laws, bool(getattr(setting.rule, "needs_law", False))
         self.model: DraftModel = setting.draft_model(max(window, widest or window))
         self.window, self.num_tokens = window, setting.num_tokens
-        self.tokens = torch.zeros(setting.batch, setting.num_tokens + 2 * window, dtype=torch.int64, device=setting.device)
+        size = setting.num_tokens + 2 * window + 1  # the last column takes what is not committed
+        self.tokens = torch.zeros(setting.batch, size, dtype=torch.int64, device=setting.device)
         self.rows = torch.arange(setting.batch, device=setting.device)[:, None]
         self.given, self.first = setting.given, 0 if setting.given is None else setting.given.shape[1]
         self.read = [self.first] * setting.batch
@@ -52,9 +53,12 @@ class ModelDrafter:
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Remember the committed tokens."""
-        taken = step.positions < lengths[:, None]
-        here = self.tokens[self.rows, step.positions]
-        self.tokens[self.rows, step.positions] = torch.where(taken & (step.width[:, None] > 0), verdict.tokens, here)
+        self.hear(Seen.of(step, law, verdict))
+
+    def hear(self, seen: Seen) -> None:
+        """Remember the committed tokens of several rounds."""
+        place = torch.where(seen.taken, seen.positions, self.tokens.shape[1] - 1)  # which is read by nobody
+        self.tokens.scatter_(1, place, seen.tokens)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""

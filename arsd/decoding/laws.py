@@ -148,6 +148,11 @@ class Law:
         self.scores, self.ungreedy = scores, ungreedy
         self.unfiltered = scores if unfiltered is None else unfiltered
 
+    @property
+    def before_greedy(self) -> Tensor:
+        """Log-weights [B, W, V] before a greedy law was made of them."""
+        return self.scores if self.ungreedy is None else self.ungreedy
+
     @cached_property
     def log_probs(self) -> Tensor:
         """Log-probabilities [B, W, V]."""

@@ -15,7 +15,7 @@ from arsd.decoding.options import whole
 from arsd.decoding.registry import register_drafter
 from arsd.decoding.rules import SeedExact
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
-from arsd.decoding.types import Draft, FixedWindow, Parts, Step, Verdict
+from arsd.decoding.types import Draft, FixedWindow, Parts, Seen, Step, Verdict
 from arsd.errors import StrategyError
 
 
@@ -67,9 +67,12 @@ class LookupDrafter:
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Keep what was committed."""
-        committed = (step.positions < lengths[:, None]) & (step.width[:, None] > 0)
-        place = torch.where(committed, self.origin + step.positions, self.text.shape[1] - 1)
-        self.text.scatter_(1, place, verdict.tokens)
+        self.hear(Seen.of(step, law, verdict))
+
+    def hear(self, seen: Seen) -> None:
+        """Keep what was committed in several rounds."""
+        place = torch.where(seen.taken, self.origin + seen.positions, self.text.shape[1] - 1)
+        self.text.scatter_(1, place, seen.tokens)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """The rows begin with other prompts and given tokens."""

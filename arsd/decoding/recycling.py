@@ -14,7 +14,7 @@ from arsd.decoding.registry import register_drafter
 from arsd.decoding.siblings import SeedExactTree
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
 from arsd.decoding.trees import TreeShape, laid_out
-from arsd.decoding.types import Draft, FixedWindow, Parts, Step, Verdict
+from arsd.decoding.types import Draft, FixedWindow, Parts, Seen, Step, Verdict
 from arsd.errors import StrategyError
 
 TREES = {
@@ -78,12 +78,11 @@ class RecyclingDrafter:
             self.read[:, here] = self.matrix[place, self.ranks[here]].long()
         return Draft(self.read[:, 1:], tree=self.tree)
 
-    def learn(self, law: Law, read: Tensor, counts: Tensor) -> None:
+    def learn(self, scores: Tensor, read: Tensor, counts: Tensor) -> None:
         """The laws [B, n, V] behind tokens ``read`` [B, n] overwrite their rows, where they ``counts`` [B, n].
 
         What a law excludes does not replace an older successor.
         """
-        scores = law.scores if law.ungreedy is None else law.ungreedy
         best = scores.topk(self.matrix.shape[1], dim=-1)
         place = torch.where(counts, self.offset + read, len(self.matrix) - 1).flatten()
         order = torch.arange(len(place), device=place.device).view(read.shape[0], -1)
@@ -97,14 +96,22 @@ class RecyclingDrafter:
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Go on from the last committed token. What a rule did not teach is learnt along the accepted path."""
-        slots = torch.arange(step.positions.shape[1], device=lengths.device)
-        if not self.taught:
-            read = torch.cat([self.last, verdict.tokens[:, :-1]], 1)
-            self.learn(law, read, slots < verdict.count[:, None])
+        if self.taught:
+            end = verdict.count[:, None] - 1
+            self.last = torch.where(end < 0, self.last, verdict.tokens.gather(1, end.clamp_min(0)))
+        else:
+            self.hear(Seen.of(step, law, verdict))
         self.taught = False
-        end = (lengths[:, None] - 1 - step.positions[:, :1]).clamp(0, len(slots) - 1)
-        moved = (step.width[:, None] > 0) & (lengths[:, None] > step.positions[:, :1])
-        self.last = torch.where(moved, verdict.tokens.gather(1, end), self.last)
+
+    def hear(self, seen: Seen) -> None:
+        """Learn the laws along what several rounds committed, and go on from the last token."""
+        columns = torch.arange(1, seen.tokens.shape[1] + 1, device=seen.tokens.device)
+        tokens = torch.cat([self.last, seen.tokens], 1)
+        latest = torch.where(seen.taken, columns, 0).cummax(1).values  # column of the last committed token so far
+        read = torch.cat([self.last, tokens.gather(1, latest)], 1)
+        known = seen.scores.shape[1]
+        self.learn(seen.scores, read[:, -1 - known : -1], seen.taken[:, -known:])
+        self.last = read[:, -1:]
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """The rows begin with other prompts and given tokens; a matrix of their own begins anew."""
@@ -134,7 +141,7 @@ class _Teaching(SeedExactTree):
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
-        self.drafter.learn(law, self.drafter.read, laid_out(step, draft.tree)[1])
+        self.drafter.learn(law.before_greedy, self.drafter.read, laid_out(step, draft.tree)[1])
         return super().verify(step, law, draft)
 
 

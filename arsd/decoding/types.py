@@ -98,10 +98,35 @@ class Step:
         return self.noise.token_gumbel(self.positions[:, slots], vocab, dtype)
 
 
+@dataclass
+class Seen:
+    """What rounds committed, for drafters that are told later.
+
+    Args:
+        positions: [B, n] places of the slots of these rounds, in order.
+        tokens: [B, n] what the rule gave them.
+        taken: [B, n] whether it was committed.
+        scores: [B, m, V] log-weights of the target law in the last m slots, before a greedy one is made of them.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    taken: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, step: Step, law: Law, verdict: Verdict) -> Seen:
+        """One round."""
+        slots = torch.arange(step.positions.shape[1], device=step.positions.device)
+        return cls(step.positions, verdict.tokens, slots < verdict.count[:, None], law.before_greedy)
+
+
 class Drafter(Protocol):
     """Where guesses come from. Its state lives in the object, which belongs to one call.
 
     A drafter that reads the target (its features, its weights) also has ``begin(target)``, called once before the prefill.
+    One that can learn what the rounds of other drafters brought in one go, before its next guesses, has ``hear(seen)``
+    for a :class:`Seen`; others are told after each round.
     """
 
     needs_law: bool
