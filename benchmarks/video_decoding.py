@@ -4,9 +4,9 @@
     python benchmarks/video_decoding.py               # tables, and benchmarks/results/video-decoding.json
     python benchmarks/video_decoding.py --part costs  # predicted against measured speed alone
 
-Part `text`: held-out clips of 64 frames (2,305 visual tokens of the shipped model) are described greedily by every strategy,
-strategies in turns, clip by clip; bandits carry their statistics from clip to clip. What has a bound to keep (plain AR and
-the bandit) is decoded --rounds times per clip, by as many objects with statistics of their own, the others once. `accepted`
+Part `text`: held-out clips of 64 frames or more (2,305 visual tokens of the shipped model) are described greedily by every
+strategy, strategies in turns, clip by clip; bandits carry their statistics from clip to clip. What has a bound to keep (plain AR
+and the bandit) is decoded --rounds times per clip, by as many objects with statistics of their own, the others once. `accepted`
 is the share of guesses that the dense pass took; seconds are those behind the prefill, per token, and the speed is the mean
 ratio to plain AR of the same clip with the 95 % interval over the clips. Part `costs`: passes of the model over n x batch;
 the speed of Sparse-to-Dense by research's cost model, with overhead and bandwidth fitted to passes of plain AR only and p
@@ -230,8 +230,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe = VideoLLMPipeline.from_pretrained(options.model, dtype=options.dtype)
-    clips = sorted(options.clips.glob("*.webp"))
-    clips = clips[-options.count :]  # the first ones served to choose the defaults of the bandits
+    clips = [clip for clip in sorted(options.clips.glob("*.webp")) if len(read_video(clip)[0]) >= options.frames]
+    clips = clips[-options.count :]
     report = json.loads(options.out.read_text()) if options.out.is_file() else {}
     report |= {
         "model": options.model,

@@ -238,13 +238,13 @@ def test_the_draws_of_exp3_belong_to_the_seed_of_the_call(llama):
 def test_what_one_call_shows_the_next_one_knows(llama, monkeypatch):
     """The first round of every arm is not needed again; other objects, batches and reproducible calls begin anew."""
     inputs, firsts = prompts(1), []
-    choose = bandit_strategies.UCB.choose
+    choose = bandit_strategies.UCBV.choose
 
     def watched(self: Any, draw: float) -> int:
         firsts.append(sum(not seen for seen in self.tally.seen))
         return choose(self, draw)
 
-    monkeypatch.setattr(bandit_strategies.UCB, "choose", watched)
+    monkeypatch.setattr(bandit_strategies.UCBV, "choose", watched)
 
     def unknown(strategy: UCBSpec, rows: int = 1) -> int:
         firsts.clear()

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from arsd.decoding import bandits
-from arsd.decoding.bandits import EXP3, UCB, ArmFacts, Bandit, Tally, confidence_radius, exponential_weights, learning_rate
+from arsd.decoding.bandits import (
+    EXP3,
+    UCB,
+    UCBV,
+    ArmFacts,
+    Bandit,
+    Tally,
+    confidence_radius,
+    exponential_weights,
+    learning_rate,
+)
 from arsd.decoding.costs import expected_tokens
 
 ARMS = [(0.0, 0, 1.0), (0.5, 6, 1.05), (0.7, 6, 1.1), (0.8, 3, 1.9), (0.75, 9, 3.7)]  # chance of a guess, guesses, cost
@@ -302,7 +312,7 @@ WORTHLESS = ((0.0, 0, 1.0), (0.1, 4, 3.0), (0.3, 8, 9.0), (0.2, 2, 1.6))
 @pytest.mark.parametrize("clock", [True, False])
 @pytest.mark.parametrize("risk", [0.0, 0.01, 0.05])
 def test_no_more_than_the_risk_is_lost_to_plain_ar(make: type[Bandit], clock: bool, risk: float):
-    """Where every guess is worse than plain AR: the allowance, the share, rounds that are not timed, one round's bad luck."""
+    """Where every guess is worse than plain AR: allowance, share, rounds that are not timed, one round's bad luck."""
     facts = [ArmFacts(length, cost) for _, length, cost in WORTHLESS]
     if make is Uniform:  # whatever chooses, as long as it asks what is allowed
         make = type("Careful", (Uniform,), {"choose": lambda self, draw: draw_allowed(self, draw)})
@@ -337,11 +347,11 @@ def test_gains_pay_for_what_is_tried(make: type[Bandit]):
 
 
 def test_the_purse_by_hand():
-    bandit = UCB([ArmFacts(0, 1.0), ArmFacts(4, 2.0), ArmFacts(8, 14.0)], risk=0.1, clock=False)
-    assert bandit.full == bandit.tally.purse == 13, "the dearest round"
+    bandit = UCB([ArmFacts(0, 1.0), ArmFacts(4, 2.0), ArmFacts(8, 24.0)], risk=0.1, clock=False)
+    assert bandit.full == bandit.tally.purse == 23, "the dearest round"
     assert bandit.allowed(bandit.costs()) == [True, True, True]
     bandit.learn(2, [1])
-    assert bandit.tally.purse == pytest.approx(13 - 13 + 0.1)
+    assert bandit.tally.purse == pytest.approx(23 - 23 + 0.1)
     assert bandit.allowed(bandit.costs()) == [True, False, False]
     bandit.learn(0, [1, 1])
     assert bandit.tally.purse == pytest.approx(0.2)
@@ -351,7 +361,32 @@ def test_the_purse_by_hand():
     carried = UCB(bandit.facts, bandit.tally, risk=0.1)
     bandit.tally.discount(0.5)
     assert carried.tally.purse == pytest.approx(2.05), "it belongs to what is carried over, and does not fade"
-    assert UCB([ArmFacts(0), ArmFacts(3)]).full == 10 and UCB([ArmFacts(3)], risk=0.1).allowed([1.0]) == [True]
+    assert UCB([ArmFacts(0), ArmFacts(3)]).full == bandits.ALLOWANCE and UCB([ArmFacts(3)], risk=0.1).allowed([1.0]) == [
+        True
+    ]
+
+
+def test_an_arm_is_compared_with_plain_ar_once_that_was_timed():
+    for fade in (1.0, 0.999, 0.8):
+        bandit = UCBV([ArmFacts(0), ArmFacts(4, 2.0)], risk=0.01, fade=fade)
+        arms = []
+        for _ in range(12):
+            arms.append(bandit.choose())
+            bandit.learn(arms[-1], [1], 1.0)
+        assert arms.index(1) == (5 if fade == 0.8 else 9 if fade == 1 else 10), (fade, arms)
+
+
+def test_rounds_that_hardly_vary_narrow_the_bound():
+    """Of two arms with as many rounds and one mean the steady one has the lower bound; neither has the paper's."""
+    bandit = UCBV([ArmFacts(8), ArmFacts(8)])
+    for steady, wild in ((2, 1), (2, 3), (2, 1), (2, 3)) * 5:
+        bandit.learn(0, [steady])
+        bandit.learn(1, [wild])
+    paper = UCB(bandit.facts, bandit.tally)
+    assert bandit.bound(0, 41) < bandit.bound(1, 41) < paper.bound(0, 41) == paper.bound(1, 41)
+    assert bandit.range(0) == pytest.approx(2 * math.sqrt(16 / 21)) and bandit.range(1) == pytest.approx(
+        2 * math.sqrt(36 / 21)
+    )
 
 
 def test_a_round_that_was_disturbed_does_not_empty_the_purse():

@@ -103,8 +103,8 @@ def test_the_last_law_of_a_token_overwrites_its_row_and_what_it_excludes_keeps_i
         counts = torch.rand(3, 5, generator=generator) < 0.7
         made.learn(scores, read, counts)
         before = {b: [list(row) for row in table] for b, table in rows.items()}
-        for b in range(3):
-            for n in range(5):
+        for n in range(5):
+            for b in range(3):
                 if counts[b, n]:
                     best = sorted(range(9), key=lambda x: -float(scores[b, n, x]))[:3]  # noqa: B023
                     own, token = 0 if shared else b, int(read[b, n])

@@ -177,14 +177,14 @@ class SteadyNoise:
     """The noise of a step for the longest window: its buffer of Gumbel noise is made anew when its size changes."""
 
     def __init__(self, noise: Any, window: int) -> None:
-        self._noise, self._window = noise, window
+        self.noise, self._window = noise, window
 
     def prepare(self, starts: Sequence[int], window: int, vocab: int, dtype: torch.dtype) -> None:
         """See :class:`arsd.decoding.noise.Noise`."""
-        self._noise.prepare(starts, max(window, self._window), vocab, dtype)
+        self.noise.prepare(starts, max(window, self._window), vocab, dtype)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._noise, name)
+        return getattr(self.noise, name)
 
 
 class Arms:
@@ -197,18 +197,18 @@ class Arms:
 
     def __init__(self, arms: list[Arm], num_tokens: int) -> None:
         self.arms, self.now, self.drafting = arms, arms[0], 0.0
-        self._steady: tuple[Any, Any] = None, None  # of this round
+        self._noise: Any = None
         self.pass_tokens = max(arm.pass_tokens for arm in arms)
         self.longest = max(arm.facts.length + 1 for arm in arms)
         # every drafter once, with the last position that its buffers bear: that of its window at the end of a row
         drafters = {id(arm.parts.drafter): (arm.parts.drafter, arm.facts.length + arm.shorter) for arm in arms}
         self.drafters = [(drafter, num_tokens + length) for drafter, length in drafters.values()]
 
-    def steady(self, step: Step) -> Step:
-        """The step with noise of one buffer size."""
-        if self._steady[0] is not step:
-            self._steady = step, replace(step, noise=SteadyNoise(step.noise, self.longest))
-        return self._steady[1]
+    def steady(self, step: Step) -> None:
+        """From now on the noise of the step has one buffer size."""
+        if self._noise is None or self._noise.noise is not step.noise:
+            self._noise = SteadyNoise(step.noise, self.longest)
+        step.noise = self._noise
 
 
 class Onlookers:
@@ -264,7 +264,8 @@ class ArmsDrafter:
             self.target = None
         if isinstance(drafter, ModelDrafter):
             read_up(drafter, step)
-        draft = drafter.propose(self.arms.steady(step))
+        self.arms.steady(step)  # it is what the rule and all drafters are given, too
+        draft = drafter.propose(step)
         self.arms.drafting = time.perf_counter() - began
         return draft
 
@@ -273,7 +274,7 @@ class ArmsDrafter:
 
         A drafter sees all of a window that is longer than its own; what lies behind its buffers is never committed.
         """
-        step, now = self.arms.steady(step), self.arms.now.parts.drafter
+        now = self.arms.now.parts.drafter
         now.observe(step, law, verdict, lengths)
         for drafter, last in self.prompt:
             if drafter is not now:
@@ -304,7 +305,7 @@ class ArmsRule:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
-        return self.arms.now.parts.rule.verify(self.arms.steady(step), law, draft)
+        return self.arms.now.parts.rule.verify(step, law, draft)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:
         """Rules that remember something forget these rows."""

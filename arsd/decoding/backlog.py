@@ -58,9 +58,12 @@ class Backlog:
 
     def _has_heard(self, drafter: Any) -> None:
         self.heard[id(drafter)] = len(self.rounds)
-        if min(self.heard.values()) == len(self.rounds):
-            self.rounds, self.kept, self.size = [], 0, 0
-            self.heard = dict.fromkeys(self.heard, 0)
+        known = min(self.heard.values())
+        if known:
+            self.size -= sum(law.numel() for _, _, law in self.rounds[:known] if law is not None)
+            del self.rounds[:known]
+            self.kept = max(0, self.kept - known)
+            self.heard = {key: first - known for key, first in self.heard.items()}
 
 
 def hears_late(drafter: Any) -> bool:

@@ -24,7 +24,7 @@ from arsd.decoding.arms import (
     has_ar,
     parse_arms,
 )
-from arsd.decoding.bandits import EXP3, UCB, Bandit, Tally
+from arsd.decoding.bandits import EXP3, UCBV, Bandit, Tally
 from arsd.decoding.noise import CounterNoise, Purpose
 from arsd.decoding.options import number, whole
 from arsd.decoding.strategies import STRATEGIES, Autoregressive, DecodingStrategy, Setting
@@ -33,8 +33,8 @@ from arsd.errors import StrategyError
 
 OF_TEXTS = ("prompt-lookup", "token-recycling", *(f"std:budget=256:draft_length={length}" for length in (3, 5, 9)))
 OF_PICTURES = tuple(f"sjd:window={window}" for window in (8, 16, 32))
-SCALE, FADE = {"ucb-spec": 0.2, "exp3-spec": 1.0}, {"ucb-spec": 0.999, "exp3-spec": 1.0}
-RISK, DISCOUNT = 0.01, 1.0
+SCALE, FADE = {"ucb-spec": 0.4, "exp3-spec": 1.0}, {"ucb-spec": 0.999, "exp3-spec": 1.0}
+RISK, DISCOUNT = 0.005, 1.0
 AHEAD = 256  # random numbers made at a time
 
 _CARRIED: WeakKeyDictionary[DecodingStrategy, dict[Any, Tally]] = WeakKeyDictionary()
@@ -105,7 +105,7 @@ class BanditStrategy(DecodingStrategy):
         """The sums of this call: its own, or those that were carried over."""
         carry = self.config["carry"] and not self.config["reproducible"]
         costs = setting.costs
-        sizes = None if costs is None else (costs.weights, costs.entry, costs.context.bit_length())
+        sizes = None if costs is None else (costs.weights, costs.entry, (costs.context.bit_length() + 1) // 2)
         kind = (tuple(arm.name for arm in arms.arms), setting.batch, setting.grammar.vocab, str(setting.device), sizes)
         with _LOCK:
             known = _CARRIED.setdefault(self, {})
@@ -120,21 +120,22 @@ class BanditStrategy(DecodingStrategy):
 class UCBSpec(BanditStrategy):
     """UCBSpec: each round is decoded by the arm with the highest upper confidence bound; lossless, seed-exact.
 
-    The bound is on tokens per second (:class:`arsd.decoding.bandits.UCB`). On the command line:
+    The bound is on tokens per second (:class:`arsd.decoding.bandits.UCBV`). On the command line:
     ``ucb-spec:arms=ar+prompt-lookup:draft_length=6+std:budget=512:draft_length=3``.
 
     Args:
         arms: strategies, separated by ``+`` and with ``:`` between their options; also a strategy, or a list of strategies
             and texts. ``None``: plain AR and, of texts, ``prompt-lookup``, ``token-recycling`` and ``std`` with 3, 5 and 9
             guesses, as far as they are possible; of pictures ``sjd`` with windows of 8, 16 and 32.
-        scale: of the confidence radius. The paper's is 1, which exceeds the differences between arms for hundreds of rounds.
+        scale: of the confidence radius. The paper's is 1, and L / 2 in the place of a standard deviation; that exceeds the
+            differences between arms for hundreds of rounds.
         fade: what a round counts for after one more round, as arms get better and worse along a text; 1 is the paper's.
         carry: go on with what earlier calls of this object have shown, for the same arms, batch and model.
         discount: what earlier calls count for, at each new one.
         reproducible: choose by the cost model and accepted guesses only, never by a clock, and carry nothing over: the
             passes then have the same shapes in every run.
         risk: what guesses may lose against plain AR: of N tokens, in all calls from which statistics were carried over, the
-            time of ``risk`` N of its passes and of the 10 first ones (or of the dearest round, if that is more). ``None``:
+            time of ``risk`` N of its passes and of the 20 first ones (or of the dearest round, if that is more). ``None``:
             anything, as published.
         pass_tokens: the least tokens of every pass, as in other strategies. ``None``: each arm feeds what it needs.
 
@@ -143,7 +144,7 @@ class UCBSpec(BanditStrategy):
     """
 
     name = "ucb-spec"
-    algorithm = UCB
+    algorithm = UCBV
 
     @register_to_config
     def __init__(

@@ -18,11 +18,12 @@ DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
 CHANCE = 0.6  # that a guess is taken, before anything is known
 TRUST = 1.0  # timed rounds that the cost model is worth
 FORGOTTEN = 1e-6  # rounds of which nothing is left
-ALLOWANCE = 10.0  # passes of plain AR that may be lost at first, or those of the dearest round
+SETTLED = 8.0  # timed rounds of plain AR before anything is compared with it
+ALLOWANCE = 20.0  # passes of plain AR that may be lost at first, or those of the dearest round
 SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
 
 
-def confidence_radius(pulls: float, rounds: float, arms: int, length: int, delta: float = DELTA) -> float:
+def confidence_radius(pulls: float, rounds: float, arms: int, length: float, delta: float = DELTA) -> float:
     """cr = L/2 sqrt((1 + n) / n^2 (1 + 2 log(K t^2 sqrt(1 + n) / delta))) of UCBSpec, in tokens.
 
     Args:
@@ -72,6 +73,7 @@ class Tally:
         pulls: rounds that the arm has decoded.
         seen: rounds whose Y is known for the arm, its own or those of a longer arm of its drafter.
         tokens: their Y.
+        squares: their Y squared.
         timed: rounds behind ``seconds``.
         seconds: of the arm's rounds, its own or inferred.
         losses: summed loss estimates of EXP3.
@@ -82,13 +84,14 @@ class Tally:
     """
 
     def __init__(self, arms: int, warm: set[int] | None = None) -> None:
-        self.pulls, self.seen, self.tokens, self.timed, self.seconds, self.losses = ([0.0] * arms for _ in range(6))
+        self.pulls, self.seen, self.tokens, self.squares, self.timed = ([0.0] * arms for _ in range(5))
+        self.seconds, self.losses = [0.0] * arms, [0.0] * arms
         self.purse: float | None = None
         self.drawn, self.warm, self.lock = 0, set[int]() if warm is None else warm, threading.Lock()
 
     def discount(self, factor: float) -> None:
         """Let all sums count for ``factor`` of what they did."""
-        for sums in (self.pulls, self.seen, self.tokens, self.timed, self.seconds, self.losses):
+        for sums in (self.pulls, self.seen, self.tokens, self.squares, self.timed, self.seconds, self.losses):
             sums[:] = [factor * value for value in sums]
 
 
@@ -155,19 +158,22 @@ class Bandit:
             tokens = sum(min(count, most + 1) for count in counts) / len(counts)
             tally.seen[other] += 1
             tally.tokens[other] += tokens
+            tally.squares[other] += tokens**2
             if timed:
                 self._time(other, seconds - drafting * (1 - most / max(1, length)) if other != arm else seconds)
             self._weigh(other, tokens)
 
     def allowed(self, costs: Sequence[float]) -> list[bool]:
-        """Arms whose next round cannot, by what is known of them, lose more than the purse holds. Plain AR always is.
+        """Arms whose next round is not expected to lose more than the purse holds.
 
-        What is refused is left to plain AR until the purse has filled again, so of N tokens no more than
+        Plain AR always is. What is refused is left to it until the purse has filled again, so of N tokens no more than
         ``risk`` N + ``full`` passes of plain AR are lost (conservative bandits, Wu et al. 2016, arXiv 1602.04282), but for
-        errors of the mean costs and the bad luck of one round.
+        errors of the mean costs and the bad luck of one round. While plain AR itself was timed too seldom, it has the round.
         """
         if self.risk is None or self.plain is None:
             return [True] * len(self.facts)
+        if self.clock and self.tally.timed[self.plain] < min(SETTLED, 0.5 / max(1e-9, 1 - self.fade)):
+            return [arm == self.plain for arm in range(len(self.facts))]
         unit, purse, tally = costs[self.plain], self.tally.purse or 0.0, self.tally
         worth = [tokens / seen if seen else 1.0 for tokens, seen in zip(tally.tokens, tally.seen, strict=True)]
         loses = [cost / unit - tokens for cost, tokens in zip(costs, worth, strict=True)]
@@ -248,12 +254,30 @@ class UCB(Bandit):
 
     def bound(self, arm: int, rounds: float) -> float:
         """The upper bound of the tokens in a round of an arm that was seen, by the ``rounds`` so far and the next one."""
-        longest = max(1, self.facts[arm].length)
-        radius = confidence_radius(max(self.tally.seen[arm], FORGOTTEN), rounds, len(self.facts), longest)
+        longest, seen = max(1, self.facts[arm].length), max(self.tally.seen[arm], FORGOTTEN)
+        radius = confidence_radius(seen, rounds, len(self.facts), self.range(arm))
         return min(self.mean_tokens(arm) + self.scale * radius, longest + 1.0)
+
+    def range(self, arm: int) -> float:
+        """L of the confidence radius."""
+        return max(1, self.facts[arm].length)
 
     def _promise(self, arm: int) -> float:
         return expected_tokens(CHANCE, self.facts[arm].length) / self.facts[arm].cost
+
+
+class UCBV(UCB):
+    """UCB with the standard deviation of Y that was seen in the place of L / 2, which is the most that it can be.
+
+    Y of an arm that is always wrong, or always right, hardly varies, so few rounds tell (as in UCB-V, Audibert et al. 2009).
+    L / 2 counts as one round.
+    """
+
+    def range(self, arm: int) -> float:
+        """See :class:`UCB`."""
+        tally, widest = self.tally, super().range(arm) / 2
+        squares = max(0.0, tally.squares[arm] - tally.tokens[arm] * self.mean_tokens(arm))
+        return 2 * min(widest, math.sqrt((squares + widest**2) / (tally.seen[arm] + 1)))
 
 
 class EXP3(Bandit):

@@ -31,8 +31,9 @@ class RecyclingDrafter:
     """A tree filled from a matrix [V, k] of the newest most likely successors of every token (arXiv 2408.08696, section 3).
 
     Child i of a node that holds token t is entry i of the row of t, whatever stands before t. Every law of a pass overwrites
-    the row of the token that was read there; of several laws for one token the deepest node's counts, and the last row's.
-    At first the rows hold what last followed their tokens in the prompt; a token that was not there is guessed to stay.
+    the row of the token that was read there; of several laws for one token that of the last column (deepest node) counts,
+    and of the last row. At first the rows hold what last followed their tokens in the prompt; a token that was not there is
+    guessed to stay.
 
     Args:
         setting: of the call; reads ``prompt`` and ``given``.
@@ -85,14 +86,13 @@ class RecyclingDrafter:
         """
         best = scores.topk(self.matrix.shape[1], dim=-1)
         place = torch.where(counts, self.offset + read, len(self.matrix) - 1).flatten()
-        order = torch.arange(len(place), device=place.device).view(read.shape[0], -1)
+        order = torch.arange(len(place), device=place.device).view(-1, read.shape[0]).T
         number = self.laws + order.flatten()
         self.written.scatter_reduce_(0, place, number, "amax")
         place = torch.where(self.written[place] == number, place, len(self.matrix) - 1)
         fresh, old = best.indices.flatten(0, 1).int(), self.matrix[place]
         self.matrix[place] = torch.where(best.values.flatten(0, 1) > -torch.inf, fresh, old)
         self.laws += len(place)
-        self.taught = True
 
     def observe(self, step: Step, law: Law, verdict: Verdict, lengths: Tensor) -> None:
         """Go on from the last committed token. What a rule did not teach is learnt along the accepted path."""
@@ -142,6 +142,7 @@ class _Teaching(SeedExactTree):
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
         self.drafter.learn(law.before_greedy, self.drafter.read, laid_out(step, draft.tree)[1])
+        self.drafter.taught = True
         return super().verify(step, law, draft)
 
 
