@@ -21,6 +21,8 @@ from arsd.errors import InputError, StrategyError
 from arsd.generation_checks import refuse_model, refuse_options
 from arsd.generation_laws import OF_SCORES, DraftLaws, NoNoise, ProcessedLaws
 from arsd.generation_parts import ModelTarget, Prompt, Text, layout_of
+from arsd.models.attention import own_implementation
+from arsd.models.visual import text_config
 
 READ_HERE = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
 
@@ -63,8 +65,8 @@ def generate_fn(
         streamer: gets the prompt and then every token as soon as it is committed, one by one (batches of one row only). It
             must be given here, not to ``generate()``.
         recheck: for reduced precision: tokens whose two best scores lie nearer than this are decided again in a pass of one
-            token, as plain decoding decides them (:func:`arsd.decoding.recheck.recheck`); seed-exact strategies only. 0.1
-            is far more than bfloat16 rounds; ``None``: near-ties are only counted.
+            token, as plain decoding decides them (:func:`arsd.decoding.recheck.recheck`); seed-exact strategies on chains
+            only. 0.1 is far more than bfloat16 rounds; ``None``: near-ties are only counted.
 
     Raises:
         StrategyError: for a strategy that there is not, or that ``recheck`` does not go with.
@@ -167,6 +169,7 @@ class GenerateFn:
             laws=DraftLaws(processors, grammar, not config.do_sample, scale),
             draft_model=self._no_draft_model,
             prompt=_known_ids(ids, prompt),
+            kernel=own_implementation(text_config(model)),
             chains_only=self.recheck is not None or any(type(p) not in OF_SCORES for p in processors),
             costs=PassCosts.of_model(model, rows * len(prompt.embeds), prompt.embeds.shape[2]),
         )

@@ -10,7 +10,8 @@ gets Y = 1 + min(L, right guesses from n on); a fixed arm that is replayed so ta
 charged the median seconds of its arm, while controllers see the seconds of a recorded round of it, drawn anew.
 
 Regret is seconds beyond those of the best single arm for all prompts, in passes of plain AR, over random orders of the
-prompts; `each` is what the best arm of every prompt by itself would save. A replay knows nothing of what arms do for each
+prompts; `each` is what the best arm of every prompt by itself would save. The same is done in a world where nothing pays:
+all rounds but those of plain AR take so long that no arm is above 0.85x. A replay knows nothing of what arms do for each
 other (token-recycling learns less where it has fewer rounds), so at the end some prompts are decoded under the controllers
 themselves, in turns. Writes benchmarks/results/regret.json and docs/images/regret.png. Options: --arms, --prompts,
 --tokens, --orders, --real, --quick.
@@ -23,6 +24,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ from arsd import generate_fn
 from arsd.cli.common import table
 from arsd.decoding import DecodingStrategy, EXP3Spec, UCBSpec
 from arsd.decoding.arms import arms_text, parse_arms
-from arsd.decoding.bandit_strategies import DISCOUNT, FADE, SCALE
-from arsd.decoding.bandits import EXP3, UCB, ArmFacts, Bandit, Tally
+from arsd.decoding.bandit_strategies import DISCOUNT, FADE, RISK, SCALE
+from arsd.decoding.bandits import EXP3, UCB, UCBV, ArmFacts, Bandit, Tally
 from arsd.decoding.types import Outcome, Parts
 from arsd.devices import device_kind, resolve_dtype
 
@@ -268,21 +270,32 @@ class Runs:
 def controllers() -> dict[str, tuple[Callable[[list[ArmFacts], Tally], Bandit], bool]]:
     """Name -> (bandit, whether it carries over)."""
 
-    def ucb(scale: float = SCALE["ucb-spec"], fade: float = FADE["ucb-spec"], clock: bool = True) -> Any:
-        return lambda facts, tally: UCB(facts, tally, scale, fade, clock)
+    def ucb(clock: bool = True, risk: float | None = RISK) -> Any:
+        return lambda facts, tally: UCBV(facts, tally, SCALE["ucb-spec"], FADE["ucb-spec"], clock, risk)
 
-    def exp3(scale: float = SCALE["exp3-spec"], fade: float = FADE["exp3-spec"]) -> Any:
-        return lambda facts, tally: EXP3(facts, tally, scale, fade)
+    def exp3(risk: float | None = RISK) -> Any:
+        return lambda facts, tally: EXP3(facts, tally, SCALE["exp3-spec"], FADE["exp3-spec"], True, risk)
 
     return {
         "ucb-spec": (ucb(), True),
+        "ucb-spec, no risk limit": (ucb(risk=None), True),
         "ucb-spec, no carry": (ucb(), False),
         "ucb-spec, reproducible": (ucb(clock=False), False),
-        "UCBSpec as published": (ucb(1.0, 1.0), False),
+        "UCBSpec as published": (lambda facts, tally: UCB(facts, tally), False),
         "exp3-spec": (exp3(), True),
-        "EXP3Spec as published": (exp3(1.0, 1.0), False),
+        "EXP3Spec as published": (exp3(None), False),
         "uniform": (lambda facts, tally: Uniform(facts, tally), False),
     }
+
+
+def where_nothing_pays(runs: Runs, most: float = 0.85) -> Runs:
+    """The same texts, with rounds so slow that no arm but the first is above ``most`` of it."""
+    slow, count = copy(runs), len(runs.texts)
+    plain, *others = (sum(runs.fixed(arm, prompt) for prompt in range(count)) for arm in range(len(runs.names)))
+    factors = [1.0, *(max(1.0, plain / spent / most) for spent in others)]
+    slow.seconds = [[(k * a, k * b) for a, b in pairs] for k, pairs in zip(factors, runs.seconds, strict=True)]
+    slow.typical = [k * typical for k, typical in zip(factors, runs.typical, strict=True)]
+    return slow
 
 
 def compare(runs: Runs, orders: int) -> dict[str, Any]:
@@ -320,7 +333,7 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
 
     figure, axis = plt.subplots(figsize=(8.5, 4.6), dpi=110, layout="constrained")
     for name, lost in found["curves"].items():
-        line = "--" if "published" in name else ":" if "no carry" in name else "-"
+        line = "--" if "published" in name else ":" if "no carry" in name else "-." if "limit" in name else "-"
         colour = {"u": "#1f77b4", "U": "#1f77b4", "e": "#d62728", "E": "#d62728"}[name[0]]
         colour = "#777777" if name == "uniform" else "#17becf" if "reproducible" in name else colour
         prompts = np.arange(1, lost.shape[1] + 1)
@@ -348,8 +361,8 @@ def record_all(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Call
     return report, calls
 
 
-def show(report: dict[str, Any], runs: Runs, found: dict[str, Any]) -> None:
-    """Print both tables."""
+def show(report: dict[str, Any], runs: Runs, found: dict[str, Any], slow: dict[str, Any]) -> None:
+    """Print the tables."""
     rounds = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in zip(runs.names, runs.typical, strict=True))
     print(f"\n{report['model']}, {report['device']}, {report['dtype']}: {found['tokens']} tokens; ms of a round: {rounds}\n")
     cells = [
@@ -357,6 +370,8 @@ def show(report: dict[str, Any], runs: Runs, found: dict[str, Any]) -> None:
         for row in found["rows"]
     ]
     print(table(["replayed", "against ar", f"regret against {found['best']}", "per token"], cells))
+    cells = [[row["name"], f"{row['speedup']:.3f}x"] for row in slow["rows"] if row["name"] not in runs.names]
+    print("\n" + table(["replayed where nothing pays", "against ar"], cells))
     print("\n" + table(["decoded", "tokens per pass", "ms per token", "against ar"], report["real"]))
 
 
@@ -378,14 +393,15 @@ def main() -> None:
         arguments.prompts, arguments.tokens, arguments.orders, arguments.real = 4, 64, 4, 4
     report, calls = (json.loads(arguments.out.read_text()), []) if arguments.replay else record_all(arguments)
     runs = Runs(report["recorded"])
-    found = compare(runs, arguments.orders)
+    found, slow = (compare(world, arguments.orders) for world in (runs, where_nothing_pays(runs)))
     if calls:
         report["real"] = decoded(calls[: arguments.real], parse_arms(arguments.arms), found["best"])
-    show(report, runs, found)
+    show(report, runs, found, slow)
     texts = f"{len(runs.texts)} prompts, {found['tokens']} tokens"
     plot(found, arguments.image, f"{report['model']}, {texts}; mean and 90 % of {arguments.orders} orders")
     report["found"] = {key: value for key, value in found.items() if key != "curves"}
     report["found"]["curves"] = {name: lost.mean(0).round(2).tolist() for name, lost in found["curves"].items()}
+    report["where_nothing_pays"] = {key: value for key, value in slow.items() if key != "curves"}
     arguments.out.write_text(json.dumps(report) + "\n")
 
 

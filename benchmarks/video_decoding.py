@@ -5,12 +5,12 @@
     python benchmarks/video_decoding.py --part costs  # predicted against measured speed alone
 
 Part `text`: held-out clips of 64 frames or more (2,305 visual tokens of the shipped model) are described greedily by every
-strategy, strategies in turns, clip by clip; bandits carry their statistics from clip to clip. What has a bound to keep (plain AR
-and the bandit) is decoded --rounds times per clip, by as many objects with statistics of their own, the others once. `accepted`
-is the share of guesses that the dense pass took; seconds are those behind the prefill, per token, and the speed is the mean
-ratio to plain AR of the same clip with the 95 % interval over the clips. Part `costs`: passes of the model over n x batch;
-the speed of Sparse-to-Dense by research's cost model, with overhead and bandwidth fitted to passes of plain AR only and p
-from the accepted share, beside the measured one.
+strategy, strategies in turns, clip by clip; bandits carry their statistics from clip to clip. What has a bound to keep
+(plain AR and the bandit) is decoded --rounds times per clip, by as many objects with statistics of their own, the others
+once. `accepted` is the share of guesses that the dense pass took; seconds are those behind the prefill, per token, and the
+speed is the mean ratio to plain AR of the same clip with the 95 % interval over the clips. Part `costs`: passes of the
+model over n x batch; the speed of Sparse-to-Dense by research's cost model, with overhead and bandwidth fitted to passes of
+plain AR only and p from the accepted share, beside the measured one.
 
 Options: --clips, --model, --count, --frames, --dtype, --threads, --strategies, --rounds, --part, --out.
 """

@@ -1,4 +1,4 @@
-"""``VideoLLMPipeline``: a clip and a question to text, with any Video-LLM of transformers and any decoding strategy."""
+"""``VideoLLMPipeline``: a clip and a question to text, with Video-LLMs of transformers and what ``generate_fn`` runs."""
 
 from __future__ import annotations
 
@@ -239,7 +239,8 @@ class VideoLLMPipeline:
             options: as those of :meth:`__call__`, but for ``stream`` and ``streamer``.
 
         Raises:
-            InputError: as :meth:`__call__`, with the first piece.
+            InputError: for options that do not fit at once; else as :meth:`__call__`, and with the first piece.
+            StrategyError: as :meth:`__call__`, with the first piece.
         """
         if {"stream", "streamer"} & set(options):
             raise InputError("stream() is a streamer already: leave out stream and streamer")

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from arsd.decoding import CounterNoise, Grammar, Setting, Step
+from arsd.decoding import CounterNoise, Draft, Grammar, Setting, Step, TreeShape
 from arsd.decoding.backlog import Backlog, hears_late
 from arsd.decoding.chain import ChainDrafter, HybridDrafter
 from arsd.decoding.drafters import NoDraft
 from arsd.decoding.laws import Law
 from arsd.decoding.lookup import LookupDrafter
 from arsd.decoding.recycling import RecyclingDrafter
+from arsd.decoding.trees import followed
 from arsd.decoding.types import Outcome, Verdict
 
-BATCH, VOCAB, TOKENS, WINDOW = 3, 23, 60, 7
+BATCH, VOCAB, TOKENS, WINDOW, WIDEST = 3, 23, 60, 7, 11
 Told = tuple[Step, Law, Verdict, Tensor]
 
 
@@ -41,7 +42,7 @@ def rounds(count: int, seed: int = 0, greedy: bool = False) -> list[Told]:
     generator = torch.Generator().manual_seed(seed)
     lengths, told = torch.zeros(BATCH, dtype=torch.int64), []
     for n in range(count):
-        window = (1, 4, 1, 1, WINDOW)[n % 5]
+        window = (1, 4, 1, 1, WIDEST)[n % 5]
         width = (TOKENS - lengths).clamp_max(window)
         width[n % 4 :: 4] = 0
         taken = (torch.rand(BATCH, generator=generator) * (width + 1)).long().clamp_min(1).minimum(width)
@@ -61,6 +62,15 @@ def rounds(count: int, seed: int = 0, greedy: bool = False) -> list[Told]:
     return told
 
 
+def committed(told: list[Told]) -> list[list[int]]:
+    """The tokens of every row."""
+    rows: list[list[int]] = [[] for _ in range(BATCH)]
+    for _, _, verdict, _ in told:
+        for b, row in enumerate(rows):
+            row += verdict.tokens[b, : int(verdict.count[b])].tolist()
+    return rows
+
+
 def state(drafter: Any) -> list[Tensor]:
     """All that decides the next guesses."""
     if isinstance(drafter, LookupDrafter):
@@ -77,7 +87,13 @@ def test_late_is_the_same_as_at_once(kind: str, greedy: bool):
     at_once, told = made(kind), rounds(24, greedy=greedy)
     for one in told:
         at_once.observe(*one)
-    before = state(made(kind))
+    before, texts = state(made(kind)), committed(told)
+    if kind in ("lookup", "chain"):
+        text = at_once.text[:, at_once.origin :] if kind == "lookup" else at_once.tokens
+        for b, row in enumerate(texts):
+            assert text[b, : len(row)].tolist() == row and not text[b, len(row) : TOKENS].gt(0).any()
+    else:
+        assert at_once.last[:, 0].tolist() == [row[-1] for row in texts]
     for portion in (1, 2, 5, 24):
         late = made(kind)
         backlog = Backlog([late])
@@ -107,34 +123,58 @@ def test_every_drafter_has_its_own_place_in_the_backlog():
     for drafter, other in zip(drafters, apart, strict=True):
         backlog.tell(drafter)
         assert all(torch.equal(a, b) for a, b in zip(state(drafter), state(other), strict=True))
-    assert not backlog.rounds and backlog.size == 0
+    assert not backlog.rounds and not backlog.laws
 
 
-def test_old_laws_are_forgotten_and_tokens_are_not(monkeypatch):
+def test_old_laws_are_forgotten_and_tokens_are_not():
     """Long texts of plain AR must not fill the memory with laws that nobody may ever ask for."""
-    monkeypatch.setattr(Backlog, "LAWS", 3 * BATCH * WINDOW * VOCAB)
-    told, late, recent = rounds(30), made("own"), made("own")
+    told, late, recent = rounds(60), made("own"), made("own")
     backlog = Backlog([late])
     for step, law, verdict, _ in told:
         backlog.add(None, step, law, verdict)
-        assert backlog.size == sum(x.numel() for _, _, x in backlog.rounds if x is not None) <= Backlog.LAWS
-    kept = backlog.kept
-    assert 20 < kept < 29 and len(backlog.rounds) == 30
+        assert sum(x.shape[1] for x in backlog.laws) <= Backlog.SLOTS
+    kept = len(backlog.laws)
+    assert 10 < kept < 40 and len(backlog.rounds) == 60
     backlog.tell(late)
-    last = torch.full((BATCH,), recent.start)
-    for _, _, verdict, _ in told[:kept]:
-        end = verdict.tokens.gather(1, (verdict.count[:, None] - 1).clamp_min(0))[:, 0]
-        last = torch.where(verdict.count > 0, end, last)
-    recent.last = last[:, None]
-    for one in told[kept:]:
+    recent.last = torch.tensor([[row[-1]] for row in committed(told[:-kept])])
+    for one in told[-kept:]:
         recent.observe(*one)
     assert torch.equal(late.last, recent.last) and torch.equal(late.matrix[:-1], recent.matrix[:-1])
-    monkeypatch.setattr(Backlog, "LAWS", 1)
-    backlog = Backlog([late])
-    for step, law, verdict, _ in told:
+    assert not backlog.rounds and not backlog.laws
+
+
+def test_the_newest_law_is_always_there_and_a_view_does_not_hold_what_it_is_a_part_of(monkeypatch):
+    monkeypatch.setattr(Backlog, "NUMBERS", 1)
+    backlog = Backlog([made("own")])
+    for step, law, verdict, _ in rounds(5):
+        whole = torch.zeros(BATCH, 50, VOCAB)
+        law.scores = whole[:, : law.scores.shape[1]]
         backlog.add(None, step, law, verdict)
-    assert backlog.kept == 29, "the newest one is always there"
-    backlog.tell(late)
+        assert len(backlog.laws) == 1 and backlog.laws[0].untyped_storage().nbytes() < whole.nbytes / 4
+
+
+def test_laws_are_kept_only_for_those_who_read_them():
+    told = rounds(4)
+    for kinds, keeps in ((("lookup", "chain"), False), (("lookup", "own"), True)):
+        drafters, heard = [made(kind) for kind in kinds], []
+        backlog = Backlog(drafters)
+        for step, law, verdict, _ in told:
+            backlog.add(None, step, law, verdict)
+        assert len(backlog.laws) == 4 * keeps
+        for drafter in drafters:
+            drafter.hear = heard.append
+            backlog.tell(drafter)
+        assert heard[0].scores is None and (heard[1].scores is not None) == keeps
+
+
+def test_a_tree_is_heard_of_with_its_laws_before_they_were_greedy():
+    """Along the path that was taken: a matrix of several successors could not be made of one."""
+    scores = torch.randn(2, 5, 9)
+    greedy = torch.where(scores == scores.amax(-1, keepdim=True), 0.0, -torch.inf)
+    draft = Draft(torch.zeros(2, 4, dtype=torch.int64), tree=TreeShape.parse("2x1"))
+    path = torch.tensor([[0, 2], [1, 3]])
+    law, _ = followed(Law(greedy, None, scores), draft, path)
+    assert torch.equal(law.before_greedy, scores[torch.arange(2)[:, None], torch.tensor([[0, 1, 3], [0, 2, 4]])])
 
 
 def test_who_hears_late():
@@ -150,4 +190,4 @@ def test_who_hears_late():
 
     assert all(hears_late(made(kind)) for kind in ("lookup", "chain", "own")) and hears_late(Both(setting()))
     assert not hears_late(NoDraft()) and not hears_late(Counting(setting()))
-    assert not hears_late(HybridDrafter.__new__(HybridDrafter))
+    assert not hears_late(HybridDrafter.__new__(HybridDrafter)) and not hears_late(object())

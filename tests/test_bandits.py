@@ -308,7 +308,7 @@ def spent(bandit: Bandit, world: Sequence[tuple[float, int, float]], rounds: int
 WORTHLESS = ((0.0, 0, 1.0), (0.1, 4, 3.0), (0.3, 8, 9.0), (0.2, 2, 1.6))
 
 
-@pytest.mark.parametrize("make", [UCB, EXP3, Uniform])
+@pytest.mark.parametrize("make", [UCB, UCBV, EXP3, Uniform])
 @pytest.mark.parametrize("clock", [True, False])
 @pytest.mark.parametrize("risk", [0.0, 0.01, 0.05])
 def test_no_more_than_the_risk_is_lost_to_plain_ar(make: type[Bandit], clock: bool, risk: float):
@@ -323,7 +323,7 @@ def test_no_more_than_the_risk_is_lost_to_plain_ar(make: type[Bandit], clock: bo
         assert cost - tokens <= bandit.full + risk * tokens + cold + 1
         assert cost - tokens > 0.3 * (bandit.full if rounds > 30 else 1), "and the purse is there to be used"
     free = make(facts, scale=1.0, clock=clock)
-    if make is UCB or make is EXP3:
+    if make in (UCB, UCBV, EXP3):
         tokens, cost = spent(free, WORTHLESS, 3000, 1)
         assert cost - tokens > 2 * (free.full + 0.01 * tokens), "without it more is lost"
 
@@ -333,17 +333,17 @@ def draw_allowed(bandit: Bandit, draw: float) -> int:
     return arms[int(draw * len(arms))]
 
 
-@pytest.mark.parametrize("make", [UCB, EXP3])
+@pytest.mark.parametrize("make", [UCB, UCBV, EXP3])
 def test_gains_pay_for_what_is_tried(make: type[Bandit]):
     """A good arm among worthless ones is found although its first rounds are bad luck, and the purse never overflows."""
     world = (*WORTHLESS[:3], (0.8, 4, 1.5))
     facts = [ArmFacts(length, cost) for _, length, cost in world]
-    bandit = make(facts, scale=0.2 if make is UCB else 1.0, risk=0.01)
+    bandit = make(facts, scale=1.0 if make is EXP3 else 0.2, risk=0.01)
     for _ in range(2):
         bandit.choose(0.999)
         bandit.learn(3, [1], 1.5)
     tokens, cost = spent(bandit, world, 2000, 3)
-    assert tokens > (1.8 if make is UCB else 1.05) * cost and 0 < bandit.tally.purse <= bandit.full
+    assert tokens > (1.2 if make is EXP3 else 1.9) * cost and 0 < bandit.tally.purse <= bandit.full
 
 
 def test_the_purse_by_hand():
@@ -367,13 +367,13 @@ def test_the_purse_by_hand():
 
 
 def test_an_arm_is_compared_with_plain_ar_once_that_was_timed():
-    for fade in (1.0, 0.999, 0.8):
+    for fade in (1.0, 0.999):
         bandit = UCBV([ArmFacts(0), ArmFacts(4, 2.0)], risk=0.01, fade=fade)
         arms = []
         for _ in range(12):
             arms.append(bandit.choose())
             bandit.learn(arms[-1], [1], 1.0)
-        assert arms.index(1) == (5 if fade == 0.8 else 9 if fade == 1 else 10), (fade, arms)
+        assert arms.index(1) == (9 if fade == 1 else 10), (fade, arms)
 
 
 def test_rounds_that_hardly_vary_narrow_the_bound():
@@ -398,11 +398,48 @@ def test_a_round_that_was_disturbed_does_not_empty_the_purse():
     assert before - bandit.tally.purse < 10
 
 
-def test_what_is_not_allowed_teaches_exp3_nothing():
-    """Losses of the others would fall behind those of plain AR, though nothing was seen of them."""
-    bandit = EXP3([ArmFacts(0, 1.0), ArmFacts(4, 6.0)], risk=0.0, clock=False)
+def test_what_is_not_allowed_loses_its_mean_loss():
+    """Nothing is seen of it, and it must not gain on plain AR by that; an arm that is allowed goes on learning."""
+    bandit = EXP3([ArmFacts(0, 1.0), ArmFacts(4, 6.0), ArmFacts(4, 1.0)], risk=0.0, clock=False)
     bandit.tally.purse = 0.0
     for _ in range(50):
-        assert bandit.choose(0.99) == 0 and bandit.probabilities() == [1.0, 0.0]
-        bandit.learn(0, [1])
-    assert bandit.tally.losses == [0.0, 0.0]
+        arm = bandit.choose(0.99)
+        assert bandit.probabilities()[1] == 0 and arm != 1
+        bandit.learn(arm, [1])
+    losses = bandit.tally.losses
+    assert losses[1] == pytest.approx(50 * bandit.loss(1, 1.0)) and min(losses) > 0 and losses[1] >= max(losses) * 0.5
+    bandit.learn(2, [5])
+    bandit.learn(1, [5])
+    before = bandit.tally.losses[1]
+    assert bandit.choose(0.0) == 0 and bandit.allowed(bandit.costs()) == [True, False, True]
+    bandit.learn(0, [1])
+    assert bandit.tally.losses[1] - before == pytest.approx(bandit.loss(1, 5.0))
+
+
+def test_an_empty_purse_does_not_stop_what_gains():
+    bandit = UCBV([ArmFacts(0, 1.0), ArmFacts(4, 2.0), ArmFacts(4, 2.0)], risk=0.0, clock=False)
+    bandit.learn(1, [3])
+    bandit.learn(2, [1])
+    bandit.tally.purse = -7.0
+    assert bandit.allowed(bandit.costs()) == [True, True, False] and bandit.choose() == 1
+    for _ in range(9):
+        bandit.learn(1, [3])
+    assert bandit.tally.purse == 2.0 and all(bandit.allowed(bandit.costs()))
+
+
+def test_what_is_lost_is_lost_against_the_cheapest_arm_without_guesses():
+    bandit = UCB([ArmFacts(0, 4.0), ArmFacts(4, 200.0), ArmFacts(0, 2.0)], risk=0.0, clock=False)
+    assert bandit.plain == 2 and bandit.full == 99
+    bandit.tally.purse = 0.0
+    assert bandit.allowed(bandit.costs()) == [False, False, True]
+
+
+@pytest.mark.parametrize("fade", [0.8, 0.95, 0.99, 0.999, 1.0])
+def test_plain_ar_is_timed_again_and_again_but_seldom(fade: float):
+    """Where another arm is far better, plain AR keeps no more than two rounds of a hundred, whatever fades."""
+    bandit, plain = UCBV([ArmFacts(0), ArmFacts(4, 2.0)], risk=0.005, fade=fade, scale=0.0), 0
+    for round_ in range(1100):
+        arm = bandit.choose()
+        plain += arm == 0 and round_ >= 100
+        bandit.learn(arm, [5 if arm else 1], 1.0 + arm)
+    assert (plain == 0) if fade == 1 else 3 <= plain <= 25, plain

@@ -14,7 +14,7 @@ from video_llms import clip, inputs, tiny
 
 import arsd
 from arsd import generate_fn
-from arsd.errors import InputError, StrategyError
+from arsd.errors import StrategyError
 from arsd.models import compact_cache, sparse_draft
 from arsd.models.selection import POLICIES
 
@@ -229,8 +229,10 @@ def test_eager_attention_is_refused_in_one_line():
     model = model_of("llava-onevision")
     model.set_attn_implementation("eager")
     try:
-        with pytest.raises(InputError, match="load the model with 'sdpa'"):
+        with pytest.raises(StrategyError, match="load the model with 'sdpa'"):
             run("llava-onevision", "std:budget=8")
+        arms = run("llava-onevision", "ucb-spec").stats.arms
+        assert list(arms) == ["ar", "prompt-lookup", "token-recycling"], "a bandit goes without it, unless it was named"
         assert model.config.get_text_config()._attn_implementation == "eager"
     finally:
         model.set_attn_implementation("sdpa")

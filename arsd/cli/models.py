@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from arsd.cli.common import table
+from arsd.errors import CheckpointError
 
 
 def add_parser(commands: Any) -> None:
@@ -56,13 +57,29 @@ def _shipped() -> list[dict[str, Any]]:
 
 def _tell(arguments: argparse.Namespace) -> int:
     """What each path is; fails at the first that is nothing."""
-    from arsd.pipelines.auto import find_model
-    from arsd.pipelines.families import pipeline_for, recognise
-
-    kinds = [(path, recognise(find_model(path))) for path in arguments.path]
-    found = [{"path": path, "kind": kind, "pipeline": pipeline_for(kind).__name__} for path, kind in kinds]
+    found = [dict(zip(("path", "kind", "pipeline"), (path, *_kind(path)), strict=True)) for path in arguments.path]
     if arguments.json:
         print(json.dumps(found))
     else:
         print(table(["path", "kind", "pipeline"], [[*row.values()] for row in found]))
     return 0
+
+
+def _kind(path: str) -> tuple[str, str]:
+    """What a path or name is, and the pipeline that loads it."""
+    from arsd.pipelines.auto import find_model
+    from arsd.pipelines.families import pipeline_for, recognise
+    from arsd.pipelines.video_parts import check_kind, shipped_video_llms
+
+    if path in shipped_video_llms():
+        return "video-llm", "VideoLLMPipeline"
+    folder = find_model(path)
+    try:
+        kind = recognise(folder)
+        return kind, pipeline_for(kind).__name__
+    except CheckpointError as no_model_of_pictures:
+        try:
+            check_kind(folder)
+        except CheckpointError:
+            raise no_model_of_pictures from None
+        return "video-llm", "VideoLLMPipeline"

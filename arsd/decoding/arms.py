@@ -206,9 +206,10 @@ class Arms:
 
     def steady(self, step: Step) -> None:
         """From now on the noise of the step has one buffer size."""
-        if self._noise is None or self._noise.noise is not step.noise:
-            self._noise = SteadyNoise(step.noise, self.longest)
-        step.noise = self._noise
+        if step.noise is not self._noise:
+            if self._noise is None or self._noise.noise is not step.noise:
+                self._noise = SteadyNoise(step.noise, self.longest)
+            step.noise = self._noise
 
 
 class Onlookers:
@@ -264,7 +265,7 @@ class ArmsDrafter:
             self.target = None
         if isinstance(drafter, ModelDrafter):
             read_up(drafter, step)
-        self.arms.steady(step)  # it is what the rule and all drafters are given, too
+        self.arms.steady(step)
         draft = drafter.propose(step)
         self.arms.drafting = time.perf_counter() - began
         return draft
@@ -274,6 +275,7 @@ class ArmsDrafter:
 
         A drafter sees all of a window that is longer than its own; what lies behind its buffers is never committed.
         """
+        self.arms.steady(step)
         now = self.arms.now.parts.drafter
         now.observe(step, law, verdict, lengths)
         for drafter, last in self.prompt:
@@ -305,6 +307,7 @@ class ArmsRule:
 
     def verify(self, step: Step, law: Law, draft: Draft) -> Verdict:
         """See :class:`arsd.decoding.types.Rule`."""
+        self.arms.steady(step)
         return self.arms.now.parts.rule.verify(step, law, draft)
 
     def join(self, rows: list[int], pictures: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,31 +14,32 @@ from arsd.decoding.types import Seen, Step, Verdict
 
 
 class Backlog:
-    """The rounds that some drafter has yet to hear of. Laws are kept of the latest ones only.
+    """The rounds that some drafter has yet to hear of. Laws are kept of the latest ones, if a drafter reads them.
 
     Args:
         drafters: that hear of rounds late.
     """
 
-    LAWS = 2**24  # numbers of the laws that are kept
+    SLOTS, NUMBERS = 64, 2**24  # of the laws that are kept; one round is kept in any case
 
     def __init__(self, drafters: Sequence[Any]) -> None:
-        self.rounds: list[tuple[Step, Verdict, Tensor | None]] = []
+        self.rounds: list[tuple[Tensor, Tensor, Tensor]] = []  # positions [B, n], tokens [B, n], how many were committed [B]
+        self.laws: deque[Tensor] = deque()  # of the last rounds
         self.heard = {id(drafter): 0 for drafter in drafters}
-        self.kept, self.size = 0, 0  # the first round whose law is there, and how many numbers there are
+        self.keeps_laws = any(getattr(drafter, "hears_laws", False) for drafter in drafters)
 
     def add(self, drafter: Any, step: Step, law: Law, verdict: Verdict) -> None:
         """A round is over, of which ``drafter`` was told."""
         if not self.heard:
             return
-        scores = law.before_greedy
-        self.rounds.append((step, verdict, scores))
-        self.size += scores.numel()
-        while self.size > self.LAWS and self.kept < len(self.rounds) - 1:
-            older, judged, forgotten = self.rounds[self.kept]
-            assert forgotten is not None
-            self.rounds[self.kept] = (older, judged, None)
-            self.kept, self.size = self.kept + 1, self.size - forgotten.numel()
+        self.rounds.append((step.positions, verdict.tokens, verdict.count))
+        if self.keeps_laws:
+            scores = law.before_greedy
+            if scores.untyped_storage().nbytes() > 2 * scores.nbytes:  # a part of something that may go
+                scores = scores.clone()
+            self.laws.append(scores)
+            while len(self.laws) > 1 and self._too_many():
+                self.laws.popleft()
         if id(drafter) in self.heard:
             self._has_heard(drafter)
 
@@ -46,27 +48,30 @@ class Backlog:
         first = self.heard.get(id(drafter), len(self.rounds))
         if first == len(self.rounds):
             return
-        steps, verdicts, laws = zip(*self.rounds[first:], strict=True)
-        positions = torch.cat([step.positions for step in steps], 1)
-        tokens = torch.cat([verdict.tokens for verdict in verdicts], 1)
-        slots = [(round_, j) for round_, step in enumerate(steps) for j in range(step.positions.shape[1])]
-        which, slot = torch.tensor(slots, device=tokens.device).T
-        counts = torch.stack([verdict.count for verdict in verdicts], 1)
-        scores = torch.cat([law for law in laws if law is not None], 1)
-        drafter.hear(Seen(positions, tokens, slot < counts[:, which], scores))
+        positions, tokens, counts = zip(*self.rounds[first:], strict=True)
+        places = [(number, slot) for number, one in enumerate(positions) for slot in range(one.shape[1])]
+        which, slots = torch.tensor(places, device=counts[0].device).T
+        taken = slots < torch.stack(counts, 1)[:, which]
+        laws = list(self.laws)[-len(positions) :] if getattr(drafter, "hears_laws", False) else []
+        seen = Seen(torch.cat(positions, 1), torch.cat(tokens, 1), taken, torch.cat(laws, 1) if laws else None)
+        drafter.hear(seen)
         self._has_heard(drafter)
 
+    def _too_many(self) -> bool:
+        return sum(x.shape[1] for x in self.laws) > self.SLOTS or sum(x.numel() for x in self.laws) > self.NUMBERS
+
     def _has_heard(self, drafter: Any) -> None:
+        """Rounds of which all have heard are forgotten."""
         self.heard[id(drafter)] = len(self.rounds)
         known = min(self.heard.values())
         if known:
-            self.size -= sum(law.numel() for _, _, law in self.rounds[:known] if law is not None)
             del self.rounds[:known]
-            self.kept = max(0, self.kept - known)
             self.heard = {key: first - known for key, first in self.heard.items()}
+            while len(self.laws) > len(self.rounds):
+                self.laws.popleft()
 
 
 def hears_late(drafter: Any) -> bool:
     """Whether rounds of others can be told to a drafter in one go, by the class that says how it is told of its own."""
     owners = [next((c for c in type(drafter).__mro__ if name in vars(c)), None) for name in ("observe", "hear")]
-    return owners[0] is owners[1]
+    return owners[1] is not None and owners[0] is owners[1]

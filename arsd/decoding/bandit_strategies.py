@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,8 +46,8 @@ class BanditStrategy(DecodingStrategy):
     """Base of the strategies with arms. Whole strategies are the arms, and one of them has each round.
 
     All arms must be lossless and seed-exact: then the tokens are those of plain AR, whatever the choices, and so are the
-    choices free to use clocks. Plain AR is always among the arms, in passes of one token, and has the round while the others
-    have lost more against it than ``risk`` allows.
+    choices free to use clocks. Plain AR is always among the arms, in passes of one token, and ``risk`` limits what the
+    others may lose against it.
     """
 
     algorithm: type[Bandit] = Bandit
@@ -105,7 +106,7 @@ class BanditStrategy(DecodingStrategy):
         """The sums of this call: its own, or those that were carried over."""
         carry = self.config["carry"] and not self.config["reproducible"]
         costs = setting.costs
-        sizes = None if costs is None else (costs.weights, costs.entry, (costs.context.bit_length() + 1) // 2)
+        sizes = None if costs is None else (costs.weights, costs.entry, round(math.log2(max(1, costs.context))))
         kind = (tuple(arm.name for arm in arms.arms), setting.batch, setting.grammar.vocab, str(setting.device), sizes)
         with _LOCK:
             known = _CARRIED.setdefault(self, {})
@@ -130,7 +131,8 @@ class UCBSpec(BanditStrategy):
         scale: of the confidence radius. The paper's is 1, and L / 2 in the place of a standard deviation; that exceeds the
             differences between arms for hundreds of rounds.
         fade: what a round counts for after one more round, as arms get better and worse along a text; 1 is the paper's.
-        carry: go on with what earlier calls of this object have shown, for the same arms, batch and model.
+        carry: go on with what earlier calls of this object have shown, for the same arms, batch, device and sizes of the
+            model, and prompts of about that length (powers of two).
         discount: what earlier calls count for, at each new one.
         reproducible: choose by the cost model and accepted guesses only, never by a clock, and carry nothing over: the
             passes then have the same shapes in every run.

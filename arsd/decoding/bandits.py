@@ -18,7 +18,8 @@ DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
 CHANCE = 0.6  # that a guess is taken, before anything is known
 TRUST = 1.0  # timed rounds that the cost model is worth
 FORGOTTEN = 1e-6  # rounds of which nothing is left
-SETTLED = 8.0  # timed rounds of plain AR before anything is compared with it
+SETTLED = 8.0  # timed rounds of plain AR before anything is compared with it,
+SHARE = 0.02  # or where rounds fade fast as many as this share of all rounds keeps up
 ALLOWANCE = 20.0  # passes of plain AR that may be lost at first, or those of the dearest round
 SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
 
@@ -69,6 +70,10 @@ class ArmFacts:
 class Tally:
     """What the rounds have shown, as sums of each arm that :meth:`discount` lets fade. It may outlive a call.
 
+    Args:
+        arms: how many.
+        warm: to begin with.
+
     Attributes:
         pulls: rounds that the arm has decoded.
         seen: rounds whose Y is known for the arm, its own or those of a longer arm of its drafter.
@@ -77,7 +82,7 @@ class Tally:
         timed: rounds behind ``seconds``.
         seconds: of the arm's rounds, its own or inferred.
         losses: summed loss estimates of EXP3.
-        purse: what guesses may still lose against plain AR, in its passes; ``None`` before the first round. Never fades.
+        purse: what guesses may still lose against plain AR, in its passes; ``None`` before there is a bandit. Never fades.
         drawn: random choices so far, which does not fade either.
         warm: arms whose first round was seen. It is not timed: kernels of a new pass shape are still being chosen.
         lock: held while the sums are read or changed.
@@ -104,7 +109,8 @@ class Bandit:
         scale: see the subclass.
         fade: what all that was seen counts for after one more round: arms get better and worse along a text.
         clock: whether measured seconds count; else the costs are those of ``facts``.
-        risk: what may be lost against the first arm without guesses, of its own cost; ``None``: anything.
+        risk: what may be lost against the cheapest arm without guesses, as a share of what that would have cost; ``None``:
+            anything.
 
     Attributes:
         draws: whether it chooses at random.
@@ -123,8 +129,10 @@ class Bandit:
     ) -> None:
         self.facts, self.scale, self.fade, self.clock, self.risk = list(facts), scale, fade, clock, risk
         self.tally = Tally(len(self.facts)) if tally is None else tally
-        self.plain = next((arm for arm, fact in enumerate(self.facts) if not fact.length), None)
-        self.full = max(ALLOWANCE, *(fact.cost - 1 for fact in self.facts)) if self.facts else ALLOWANCE
+        guessless = [arm for arm, fact in enumerate(self.facts) if not fact.length]
+        self.plain = min(guessless, key=lambda arm: self.facts[arm].cost) if guessless else None
+        unit = 1.0 if self.plain is None else self.facts[self.plain].cost
+        self.full = max([ALLOWANCE, *(fact.cost / unit - 1 for fact in self.facts)])
         if self.tally.purse is None:
             self.tally.purse = self.full
 
@@ -166,18 +174,19 @@ class Bandit:
     def allowed(self, costs: Sequence[float]) -> list[bool]:
         """Arms whose next round is not expected to lose more than the purse holds.
 
-        Plain AR always is. What is refused is left to it until the purse has filled again, so of N tokens no more than
+        Plain AR always is. What is refused waits until the purse has filled again, so of N tokens no more than
         ``risk`` N + ``full`` passes of plain AR are lost (conservative bandits, Wu et al. 2016, arXiv 1602.04282), but for
-        errors of the mean costs and the bad luck of one round. While plain AR itself was timed too seldom, it has the round.
+        errors of the mean costs, the first round of each arm, which is not timed, and the bad luck of arms that are expected
+        to gain. While plain AR itself was timed too seldom, it has the round.
         """
         if self.risk is None or self.plain is None:
             return [True] * len(self.facts)
-        if self.clock and self.tally.timed[self.plain] < min(SETTLED, 0.5 / max(1e-9, 1 - self.fade)):
+        if self.clock and self.tally.timed[self.plain] < min(SETTLED, SHARE / max(1e-9, 1 - self.fade)):
             return [arm == self.plain for arm in range(len(self.facts))]
         unit, purse, tally = costs[self.plain], self.tally.purse or 0.0, self.tally
         worth = [tokens / seen if seen else 1.0 for tokens, seen in zip(tally.tokens, tally.seen, strict=True)]
         loses = [cost / unit - tokens for cost, tokens in zip(costs, worth, strict=True)]
-        return [arm == self.plain or loss <= purse for arm, loss in enumerate(loses)]
+        return [arm == self.plain or loss <= max(0.0, purse) for arm, loss in enumerate(loses)]
 
     def _pay(self, arm: int, tokens: float, seconds: float | None) -> None:
         """Into the purse: a share of what the tokens would have cost, and what the round gained or lost."""
@@ -230,14 +239,17 @@ class Bandit:
 class UCB(Bandit):
     """UCBSpec (arXiv 2505.15141): the arm with the highest upper bound of its tokens per second.
 
-    The bound is (mean Y + scale cr) / mean cost, and Y + scale cr is no more than L + 1. Every arm is seen and timed before,
-    the most promising by the cost model first. L is the arm's own, and at least 1: plain AR's Y is known, its cost is not.
+    The bound is (mean Y + scale cr) / mean cost, and Y + scale cr is no more than L + 1. Every arm that is allowed is seen
+    and timed before, the most promising by the cost model first. L is the arm's own, and at least 1: plain AR's Y is known,
+    its cost is not.
 
     Args:
         facts: of every arm.
         tally: sums to go on from.
         scale: of the confidence radius; 1 is the paper's.
+        fade: as for :class:`Bandit`.
         clock: whether measured seconds count.
+        risk: as for :class:`Bandit`.
     """
 
     def choose(self, draw: float = 0.0) -> int:
@@ -291,22 +303,30 @@ class EXP3(Bandit):
         facts: of every arm.
         tally: sums to go on from.
         scale: of the learning rate; 1 is the paper's.
+        fade: as for :class:`Bandit`.
         clock: whether measured seconds count.
+        risk: as for :class:`Bandit`.
     """
 
     draws = True
-    _free = True
+    _refused: Sequence[int] = ()
 
     def probabilities(self) -> list[float]:
         """p_t of every arm; what falls to arms that are not allowed falls to plain AR."""
         arms = len(self.facts)
         weights = exponential_weights(self.tally.losses, self.scale * learning_rate(self.rounds, arms))
         allowed = self.allowed(self.costs())
-        self._free = all(allowed)
-        if self.plain is not None and not self._free:
+        self._refused = [arm for arm, may in enumerate(allowed) if not may]
+        if self.plain is not None and self._refused:
             weights = [p if may else 0.0 for p, may in zip(weights, allowed, strict=True)]
             weights[self.plain] += 1 - sum(weights)
         return weights
+
+    def learn(self, arm: int, counts: Sequence[int], seconds: float = 0.0, drafting: float = 0.0) -> None:
+        """See :class:`Bandit`. An arm that was refused loses what its mean round does, not nothing."""
+        super().learn(arm, counts, seconds, drafting)
+        for other in self._refused if counts else ():
+            self.tally.losses[other] += self.loss(other, self.mean_tokens(other) if self.tally.seen[other] else 1.0)
 
     def choose(self, draw: float) -> int:
         """See :class:`Bandit`."""
@@ -326,7 +346,7 @@ class EXP3(Bandit):
         return (best - tokens / costs[arm]) / (best - worst) if best > worst else 0.0
 
     def _weigh(self, arm: int, tokens: float) -> None:
-        if not self._free:  # arms that cannot be drawn have no estimate, and would seem to lose nothing
+        if arm in self._refused:
             return
         seen = sum(p for other, p in enumerate(self._drawn_from) if arm in self._shown_by(other))
         self.tally.losses[arm] += self.loss(arm, tokens) / seen

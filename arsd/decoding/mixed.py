@@ -53,7 +53,10 @@ class _Groups:
 
     def law(self, law: Law, g: int) -> Law:
         """The laws of that window."""
-        return law if self.windows[g] == law.scores.shape[1] else Law(law.scores[:, : self.windows[g]])
+        window = self.windows[g]
+        if window == law.scores.shape[1]:
+            return law
+        return Law(law.scores[:, :window], None, None if law.ungreedy is None else law.ungreedy[:, :window])
 
 
 class MixedController:

@@ -18,7 +18,7 @@ from arsd.decoding.types import Draft, FixedWindow, Parts, Seen, Step, Verdict
 from arsd.errors import StrategyError
 
 TREES = {
-    # the 20 likeliest nodes where the child of rank 0, 1, 2, ... is right with .45, .14, .08, .05, .04, .03, .02, .02
+    # the 19 likeliest nodes where the child of rank 0, 1, 2, ... is right with .45, .14, .08, .05, .04, .03, .02, .02
     "small": "7x4.1.1.1.0x2.1.0.0.1.0x1.0",
     # 80 nodes, by depth 8 / 21 / 25 / 15 / 8 / 3 (Luowaterbi/TokenRecycling, tree_template_.py, version 2.2.2)
     "published": "8x8.4.3.2.1.1.1.1x8.3.2.1.1.1.1.1.2.1.0.0.1.0.0.1.0.1.1.0"
@@ -32,8 +32,8 @@ class RecyclingDrafter:
 
     Child i of a node that holds token t is entry i of the row of t, whatever stands before t. Every law of a pass overwrites
     the row of the token that was read there; of several laws for one token that of the last column (deepest node) counts,
-    and of the last row. At first the rows hold what last followed their tokens in the prompt; a token that was not there is
-    guessed to stay.
+    and of the last row. Of rounds of other drafters it hears the latest laws, along what was committed. At first the rows
+    hold what last followed their tokens in the prompt; a token that was not there is guessed to stay.
 
     Args:
         setting: of the call; reads ``prompt`` and ``given``.
@@ -47,6 +47,7 @@ class RecyclingDrafter:
     """
 
     needs_law = False
+    hears_laws = True
     trees = True
 
     def __init__(self, setting: Setting, shape: str | TreeShape = "small", k: int = 8, shared: bool = False) -> None:
@@ -109,6 +110,7 @@ class RecyclingDrafter:
         tokens = torch.cat([self.last, seen.tokens], 1)
         latest = torch.where(seen.taken, columns, 0).cummax(1).values  # column of the last committed token so far
         read = torch.cat([self.last, tokens.gather(1, latest)], 1)
+        assert seen.scores is not None
         known = seen.scores.shape[1]
         self.learn(seen.scores, read[:, -1 - known : -1], seen.taken[:, -known:])
         self.last = read[:, -1:]

@@ -13,6 +13,7 @@ from arsd.decoding.options import number, one_of, whole
 from arsd.decoding.rules import RejectionSampling, SeedExact
 from arsd.decoding.strategies import STRATEGIES, DecodingStrategy, Setting
 from arsd.decoding.types import FixedWindow, Parts
+from arsd.errors import StrategyError
 from arsd.models.selection import POLICIES
 from arsd.models.sparse_draft import SparseDraft
 
@@ -67,7 +68,13 @@ class SparseToDense(DecodingStrategy):
         return bool(self.config["coupling"] == "gumbel")
 
     def build(self, setting: Setting) -> Parts:
-        """See :class:`DecodingStrategy`."""
+        """See :class:`DecodingStrategy`.
+
+        Raises:
+            StrategyError: when the attention of the model cannot be observed.
+        """
+        if setting.kernel not in ("", "sdpa"):
+            raise StrategyError(f"attn_implementation={setting.kernel!r} cannot be observed: load the model with 'sdpa'")
         budget = None if self.config["budget"] == "all" else self.config["budget"]
         options = self.config["policy"], budget, self.config["refresh"]
         rule = SeedExact() if self.seed_exact else RejectionSampling()

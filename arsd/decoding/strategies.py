@@ -39,8 +39,9 @@ class Setting:
     ``codebook`` [V, C] are the vectors of the image codes; ``draft_model`` makes the call's own draft model
     (:class:`arsd.decoding.types.DraftModel`) for a window; ``given`` [M, F] are the tokens that pictures begin with.
     ``prompt`` [M, K] are the ids of a text before its first token, -1 where there is none (padding); ``None`` where the
-    condition is no text. ``chains_only``: trees of guesses are refused. ``costs`` say what passes
-    cost, by the sizes of the model. ``window`` and ``rule`` are what a strategy tells the drafter that it builds.
+    condition is no text; ``kernel`` is the attention implementation of the model behind it. ``chains_only``: trees of
+    guesses are refused. ``costs`` say what passes cost, by the sizes of the model. ``window`` and ``rule`` are what a
+    strategy tells the drafter that it builds.
     """
 
     batch: int
@@ -55,6 +56,7 @@ class Setting:
     draft_model: Callable[[int], DraftModel] | None = None
     given: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
+    kernel: str = ""
     chains_only: bool = False
     costs: PassCosts | None = None
     window: int = 1

@@ -237,9 +237,9 @@ def followed(law: Law, draft: Draft, path: Tensor | None) -> tuple[Law, Draft]:
     rows = torch.arange(len(path), device=path.device)[:, None]
     columns = torch.nn.functional.pad(path + 1, (1, 0))
     unfiltered = None if law.unfiltered is law.scores else law.unfiltered[rows, columns]
-    return Law(law.scores[rows, columns], unfiltered), replace(
-        draft, tokens=draft.tokens.gather(1, path), law=None, tree=None
-    )
+    ungreedy = None if law.ungreedy is None else law.ungreedy[rows, columns]
+    chain = replace(draft, tokens=draft.tokens.gather(1, path), law=None, tree=None)
+    return Law(law.scores[rows, columns], unfiltered, ungreedy), chain
 
 
 def refuse_trees(drafters: Iterable[Any]) -> None:

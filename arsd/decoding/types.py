@@ -106,13 +106,14 @@ class Seen:
         positions: [B, n] places of the slots of these rounds, in order.
         tokens: [B, n] what the rule gave them.
         taken: [B, n] whether it was committed.
-        scores: [B, m, V] log-weights of the target law in the last m slots, before a greedy one is made of them.
+        scores: [B, m, V] log-weights of the target law in the last m > 0 slots, before a greedy one is made of them;
+            ``None`` for a drafter that does not say ``hears_laws``.
     """
 
     positions: Tensor
     tokens: Tensor
     taken: Tensor
-    scores: Tensor
+    scores: Tensor | None
 
     @classmethod
     def of(cls, step: Step, law: Law, verdict: Verdict) -> Seen:
@@ -125,8 +126,9 @@ class Drafter(Protocol):
     """Where guesses come from. Its state lives in the object, which belongs to one call.
 
     A drafter that reads the target (its features, its weights) also has ``begin(target)``, called once before the prefill.
-    One that can learn what the rounds of other drafters brought in one go, before its next guesses, has ``hear(seen)``
-    for a :class:`Seen`; others are told after each round.
+    One that can learn what the rounds of other drafters brought in one go, before its next guesses, has ``hear(seen)`` for a
+    :class:`Seen`, in the class that has its ``observe`` (with laws, if that says ``hears_laws = True``); others are told
+    after each round.
     """
 
     needs_law: bool

@@ -97,7 +97,8 @@ def lazy_layers(attention: Attention) -> tuple[Tensor, float]:
     """SimLayerKV (arXiv 2410.13846) for the budget, StD for the choice: lazy layers leave their budget to the others.
 
     A layer is lazy when its last queries give 90 % of their attention to the first 4 entries and the 1020 latest ones (or
-    the latest tenth of a prompt shorter than 10,200). It keeps a tenth of the budget.
+    the latest tenth of a prompt shorter than 10,200). It gets a tenth of what
+    the others get.
     """
     size = attention.hidden.shape[1]
     recent = min(LAZY_RECENT, size // 10)
