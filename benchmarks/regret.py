@@ -372,7 +372,8 @@ def show(report: dict[str, Any], runs: Runs, found: dict[str, Any], slow: dict[s
     print(table(["replayed", "against ar", f"regret against {found['best']}", "per token"], cells))
     cells = [[row["name"], f"{row['speedup']:.3f}x"] for row in slow["rows"] if row["name"] not in runs.names]
     print("\n" + table(["replayed where nothing pays", "against ar"], cells))
-    print("\n" + table(["decoded", "tokens per pass", "ms per token", "against ar"], report["real"]))
+    if "real" in report:
+        print("\n" + table(["decoded", "tokens per pass", "ms per token", "against ar"], report["real"]))
 
 
 def main() -> None:
@@ -392,6 +393,7 @@ def main() -> None:
     if arguments.quick:
         arguments.prompts, arguments.tokens, arguments.orders, arguments.real = 4, 64, 4, 4
     report, calls = (json.loads(arguments.out.read_text()), []) if arguments.replay else record_all(arguments)
+    report.pop("real", None)  # by what controllers were when it was decoded
     runs = Runs(report["recorded"])
     found, slow = (compare(world, arguments.orders) for world in (runs, where_nothing_pays(runs)))
     if calls:

@@ -130,7 +130,7 @@ class UCBSpec(BanditStrategy):
             guesses, as far as they are possible; of pictures ``sjd`` with windows of 8, 16 and 32.
         scale: of the confidence radius. The paper's is 1, and L / 2 in the place of a standard deviation; that exceeds the
             differences between arms for hundreds of rounds.
-        fade: what a round counts for after one more round, as arms get better and worse along a text; 1 is the paper's.
+        fade: what a round counts for after one more token, as arms get better and worse along a text; 1 is the paper's.
         carry: go on with what earlier calls of this object have shown, for the same arms, batch, device and sizes of the
             model, and prompts of about that length (powers of two).
         discount: what earlier calls count for, at each new one.

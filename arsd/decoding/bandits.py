@@ -18,8 +18,8 @@ DELTA = 0.05  # of the confidence bound; ``scale`` is what to turn
 CHANCE = 0.6  # that a guess is taken, before anything is known
 TRUST = 1.0  # timed rounds that the cost model is worth
 FORGOTTEN = 1e-6  # rounds of which nothing is left
-SETTLED = 8.0  # timed rounds of plain AR before anything is compared with it,
-SHARE = 0.02  # or where rounds fade fast as many as this share of all rounds keeps up
+SETTLED = 8  # timed rounds of plain AR before anything is compared with it
+SHARE = 0.05  # of all seconds that are plain AR's, so that it is compared with what it takes now
 ALLOWANCE = 20.0  # passes of plain AR that may be lost at first, or those of the dearest round
 SPIKE = 4.0  # a round that takes this many times the mean of its arm was disturbed
 
@@ -83,7 +83,8 @@ class Tally:
         seconds: of the arm's rounds, its own or inferred.
         losses: summed loss estimates of EXP3.
         purse: what guesses may still lose against plain AR, in its passes; ``None`` before there is a bandit. Never fades.
-        drawn: random choices so far, which does not fade either.
+        compared: timed rounds of plain AR so far, which does not fade either, nor
+        drawn: random choices so far.
         warm: arms whose first round was seen. It is not timed: kernels of a new pass shape are still being chosen.
         lock: held while the sums are read or changed.
     """
@@ -92,6 +93,7 @@ class Tally:
         self.pulls, self.seen, self.tokens, self.squares, self.timed = ([0.0] * arms for _ in range(5))
         self.seconds, self.losses = [0.0] * arms, [0.0] * arms
         self.purse: float | None = None
+        self.compared = 0
         self.drawn, self.warm, self.lock = 0, set[int]() if warm is None else warm, threading.Lock()
 
     def discount(self, factor: float) -> None:
@@ -107,7 +109,7 @@ class Bandit:
         facts: of every arm.
         tally: sums to go on from; fresh ones by default.
         scale: see the subclass.
-        fade: what all that was seen counts for after one more round: arms get better and worse along a text.
+        fade: what all that was seen counts for after one more token: arms get better and worse along a text.
         clock: whether measured seconds count; else the costs are those of ``facts``.
         risk: what may be lost against the cheapest arm without guesses, as a share of what that would have cost; ``None``:
             anything.
@@ -156,10 +158,11 @@ class Bandit:
             return
         tally, length = self.tally, self.facts[arm].length
         if self.fade < 1:
-            tally.discount(self.fade)
+            tally.discount(self.fade ** (sum(counts) / len(counts)))
         tally.pulls[arm] += 1
         timed = self.clock and arm in tally.warm
         tally.warm.add(arm)
+        tally.compared += timed and arm == self.plain
         self._pay(arm, sum(counts) / len(counts), seconds if timed else None)
         for other in self._shown_by(arm):
             most = self.facts[other].length
@@ -181,12 +184,19 @@ class Bandit:
         """
         if self.risk is None or self.plain is None:
             return [True] * len(self.facts)
-        if self.clock and self.tally.timed[self.plain] < min(SETTLED, SHARE / max(1e-9, 1 - self.fade)):
+        if self.clock and self._plain_is_due(costs):
             return [arm == self.plain for arm in range(len(self.facts))]
         unit, purse, tally = costs[self.plain], self.tally.purse or 0.0, self.tally
         worth = [tokens / seen if seen else 1.0 for tokens, seen in zip(tally.tokens, tally.seen, strict=True)]
         loses = [cost / unit - tokens for cost, tokens in zip(costs, worth, strict=True)]
         return [arm == self.plain or loss <= max(0.0, purse) for arm, loss in enumerate(loses)]
+
+    def _plain_is_due(self, costs: Sequence[float]) -> bool:
+        """Whether plain AR was timed too seldom, of late, to compare anything with it: machines are not always as fast."""
+        assert self.plain is not None
+        tally, plain = self.tally, self.plain
+        spent = sum(n * cost for n, cost in zip(tally.pulls, costs, strict=True))
+        return tally.compared < SETTLED or tally.pulls[plain] * costs[plain] < SHARE * spent
 
     def _pay(self, arm: int, tokens: float, seconds: float | None) -> None:
         """Into the purse: a share of what the tokens would have cost, and what the round gained or lost."""
