@@ -82,8 +82,9 @@ def state(drafter: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["lookup", "chain", "shared", "own"])
 @pytest.mark.parametrize("greedy", [False, True])
-def test_late_is_the_same_as_at_once(kind: str, greedy: bool):
+def test_late_is_the_same_as_at_once(monkeypatch, kind: str, greedy: bool):
     """In whatever portions; the last committed token of every row and the newest law of every token count."""
+    monkeypatch.setattr(Backlog, "SLOTS", 1000)
     at_once, told = made(kind), rounds(24, greedy=greedy)
     for one in told:
         at_once.observe(*one)
