@@ -181,15 +181,15 @@ def test_models_lists_what_ships(run, model, tmp_path, monkeypatch):
     (tmp_path / "ship").mkdir()
     (tmp_path / "ship" / "tiny").symlink_to(model)
     video = next(row for row in json.loads(run("models", "--json")[1]) if row["name"] == "emoji-video-chat")
+    folder = str(ROOT / "arsd" / "checkpoints" / "emoji-video-chat")
+    told = json.loads(run("models", "emoji-video-chat", folder, str(model), "--json")[1])
+    assert [row["kind"] for row in told[:2]] == ["video-llm"] * 2 and told[2]["pipeline"] == "LlamaGenPipeline"
     for module in ("auto", "video_parts"):
         monkeypatch.setattr(f"arsd.pipelines.{module}.CHECKPOINTS", tmp_path / "ship")
     status, out, err = run("models", "--json")
     [row] = [row for row in json.loads(out) if row["shipped"]]
     assert (status, err) == (0, []) and row["name"] == "tiny" and row["pipeline"] == "LlamaGenPipeline"
     assert video["pipeline"] == "VideoLLMPipeline" and video["megabytes"] < 9
-    folder = str(ROOT / "arsd" / "checkpoints" / "emoji-video-chat")
-    told = json.loads(run("models", "emoji-video-chat", folder, str(model), "--json")[1])
-    assert [row["kind"] for row in told[:2]] == ["video-llm"] * 2 and told[2]["pipeline"] == "LlamaGenPipeline"
     assert row["model_hash"] == model_hash(model)
     assert "tiny" in run("models")[1]
     assert made(run, "red apple", "--out", "o", folder="tiny")["model"] == "tiny"
