@@ -8,6 +8,8 @@ PYTEST := $(PY) -m pytest
 # No torch is needed to ask for help, and a GPU machine may bring its own Python: only gpu-check runs without the environment.
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 REQUIREMENTS := pyproject.toml constraints.txt
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+comma := ,
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -17,7 +19,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-oldest lint format gpu-check clean
+.PHONY: help demo app chromium test test-all test-oldest lint format gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,12 +27,19 @@ help: ## this list
 demo: $(VENV)/.stamp-demo ## install, then generate pictures with the shipped model
 	$(VENV)/bin/arsd demo
 
+app: $(VENV)/.stamp-app ## install what the app needs, then serve it on this machine
+	$(VENV)/bin/arsd app
+
 test: lint ## lint, types and the quick tests
 	$(PYTEST) -m "not slow" --timeout 600
 
-test-all: lint ## everything: slow tests and the oldest transformers too
-	$(PYTEST) --timeout 3600
+test-all: lint chromium ## everything: slow tests, the app in a browser, and the oldest transformers too
+	ARSD_BROWSER=required $(PYTEST) --timeout 3600
 	$(MAKE) test-oldest
+
+chromium: ## Debian's Chromium, for the tests of the app in a browser
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding tests against transformers 5.17.0
 	PYTHONPATH="$(abspath $(OLDEST))" $(PY) -c 'import transformers as t; assert t.__version__ == "5.17.0", t.__file__'
@@ -70,9 +79,13 @@ $(VENV)/.stamp-demo: $(REQUIREMENTS)
 	$(call environment,)
 	@touch $@
 
+$(VENV)/.stamp-app: $(REQUIREMENTS)
+	$(call environment,[app$(comma)video])
+	@touch $(VENV)/.stamp-demo $@
+
 $(VENV)/.stamp-test: $(REQUIREMENTS)
 	$(call environment,[test])
-	@touch $(VENV)/.stamp-demo $@
+	@touch $(VENV)/.stamp-demo $(VENV)/.stamp-app $@
 
 $(OLDEST)/.stamp: constraints-oldest.txt constraints.txt | $(VENV)/.stamp-test
 	rm -rf "$(OLDEST)"

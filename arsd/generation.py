@@ -17,6 +17,7 @@ from arsd.decoding import SJD, CounterNoise, DecodeRequest, DecodeStats, Decodin
 from arsd.decoding.costs import PassCosts
 from arsd.decoding.laws import Grammar
 from arsd.decoding.options import number
+from arsd.decoding.types import OnRound
 from arsd.errors import InputError, StrategyError
 from arsd.generation_checks import refuse_model, refuse_options
 from arsd.generation_laws import OF_SCORES, DraftLaws, NoNoise, ProcessedLaws
@@ -39,7 +40,11 @@ class GenerateFnOutput(GenerateDecoderOnlyOutput):
 
 
 def generate_fn(
-    strategy: DecodingStrategy | str | None = None, *, streamer: Any = None, recheck: float | None = None
+    strategy: DecodingStrategy | str | None = None,
+    *,
+    streamer: Any = None,
+    recheck: float | None = None,
+    on_round: OnRound | None = None,
 ) -> GenerateFn:
     """A callable for ``custom_generate=`` of transformers' ``generate()``, for decoder-only models.
 
@@ -67,6 +72,8 @@ def generate_fn(
         recheck: for reduced precision: tokens whose two best scores lie nearer than this are decided again in a pass of one
             token, as plain decoding decides them (:func:`arsd.decoding.recheck.recheck`); seed-exact strategies on chains
             only. 0.1 is far more than bfloat16 rounds; ``None``: near-ties are only counted.
+        on_round: called (untimed) with the :class:`arsd.decoding.Round` of each pass; ``True`` stops the call,
+            which returns the text so far (with stopping criteria of one's own: as far as they have been asked about it).
 
     Raises:
         StrategyError: for a strategy that there is not, or that ``recheck`` does not go with.
@@ -82,14 +89,20 @@ def generate_fn(
         number("recheck", recheck, 0, otherwise=" or None")
         if not strategy.seed_exact:
             raise StrategyError(f"recheck goes with seed-exact strategies, which {str(strategy)!r} is not")
-    return GenerateFn(strategy, streamer, recheck)
+    return GenerateFn(strategy, streamer, recheck, on_round)
 
 
 class GenerateFn:
     """See :func:`generate_fn`. It holds no state of a call."""
 
-    def __init__(self, strategy: DecodingStrategy, streamer: Any = None, recheck: float | None = None) -> None:
-        self.strategy, self.streamer, self.recheck = strategy, streamer, recheck
+    def __init__(
+        self,
+        strategy: DecodingStrategy,
+        streamer: Any = None,
+        recheck: float | None = None,
+        on_round: OnRound | None = None,
+    ) -> None:
+        self.strategy, self.streamer, self.recheck, self.on_round = strategy, streamer, recheck, on_round
 
     def __repr__(self) -> str:
         """As it is made."""
@@ -183,7 +196,9 @@ class GenerateFn:
         ends = {int(x) for c in criteria if type(c) is EosTokenCriteria for x in c.eos_token_id.flatten()}
         if self.recheck is not None and getattr(parts.drafter, "tree", None) is not None:
             raise StrategyError(f"recheck goes with chains of guesses, not with the trees of {self.strategy}")
-        request = DecodeRequest(num_tokens, end_tokens=sorted(ends), recheck=self.recheck, on_commit=watch)
+        request = DecodeRequest(
+            num_tokens, end_tokens=sorted(ends), recheck=self.recheck, on_commit=watch, on_round=self.on_round
+        )
         result = decode(target, parts, laws, noise, request, rows)
         tokens, result.stats.tokens = watch.finished(result.tokens, result.stats.tokens)
         if config.do_sample and any(bool(laws.nothing[b, :n].any()) for b, n in enumerate(result.stats.tokens)):
@@ -252,9 +267,9 @@ class Watch:
     def finished(self, tokens: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         """What the call returns of the ``tokens`` [M, N] and ``lengths`` of the loop: [M, n], and tokens of each row."""
         if self.criteria is None:
-            self.seen, self.ends = max(lengths), lengths
-        asked = self.asked(tokens)[:, self.text.known :]
-        return asked, [self.seen] * len(lengths) if self.pad is None else list(self.ends)
+            self.seen, self.ends = max(lengths), list(lengths)
+        own = self.criteria is None or self.pad is not None  # whether rows end by themselves
+        return self.asked(tokens)[:, self.text.known :], [n if own and n else self.seen for n in self.ends]
 
     def asked(self, tokens: Tensor) -> Tensor:
         """[M, K + n] prompt and the first n = ``seen`` of the ``tokens`` [M, N], padded where rows ended."""

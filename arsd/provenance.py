@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -134,6 +135,14 @@ def _drafter_that_matters(pipe: Any, decoder: Any) -> str | None:
     return None if drafter is None or decoder.seed_exact else weights_hash(drafter)
 
 
+def png_bytes(image: Image.Image, record: dict[str, Any]) -> bytes:
+    """The content of a PNG file with ``record`` in its metadata."""
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_itxt(KEY, json.dumps(record, ensure_ascii=False))
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overwrite: bool = False) -> None:
     """Write a PNG with ``record`` in its metadata; a file is there whole or not at all.
 
@@ -143,11 +152,9 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overw
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another --out, or pass --overwrite")
-    info = PngInfo()
-    info.add_itxt(KEY, json.dumps(record, ensure_ascii=False))
     scratch = path.with_name(f".{path.name}.part")
     try:
-        image.save(scratch, format="PNG", pnginfo=info)
+        scratch.write_bytes(png_bytes(image, record))
         os.replace(scratch, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -22,7 +22,7 @@ from arsd.decoding import (
     build_parts,
     decode,
 )
-from arsd.decoding.types import DraftModel
+from arsd.decoding.types import DraftModel, OnRound, Round
 from arsd.devices import bring_back, device_kind, dtype_name, in_use
 from arsd.models.raster import Raster
 from arsd.pipelines.checks import Decoders, check_output, rows_of, strategies_of
@@ -179,6 +179,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         on_picture: Callable[[int, Any], None] | None = None,
         log_probs: bool = False,
         trace: bool = False,
+        on_round: OnRound | None = None,
     ) -> Any:
         """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
 
@@ -196,6 +197,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             on_picture: called with each picture that is finished, and its own result.
             log_probs: also return log-probabilities and entropies.
             trace: also return every pass.
+            on_round: hears of every pass, and stops the call with ``True``.
         """
         count, device, raster, given = len(keys[0]), self._execution_device, conditions.raster, conditions.given
         grammar = self.make_grammar(raster)
@@ -221,16 +223,18 @@ class ARImagePipeline(Provable, DiffusionPipeline):
                 self._num_timesteps = step
                 return self.interrupt
 
-            request = DecodeRequest(
-                grammar.num_tokens,
-                raster.row_length,
-                given,
-                log_probs=log_probs,
-                trace=trace,
-                on_commit=on_commit,
-                pictures=count,
-                on_picture=on_picture,
-            )
+            def heard(turn: Round) -> bool | None:
+                stop = None if on_round is None else on_round(turn)
+                bring_back(self.transformer)  # who looks at pictures meanwhile may push it out
+                return stop
+
+            size = grammar.num_tokens, raster.row_length, given
+            hears: dict[str, Any] = {
+                "on_round": heard if on_round else None,
+                "on_commit": on_commit,
+                "on_picture": on_picture,
+            }
+            request = DecodeRequest(*size, log_probs=log_probs, trace=trace, pictures=count, **hears)
             result = decode(target, parts, laws, noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
             return result
@@ -265,6 +269,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         strength: float = 0.5,
         prompt_images: Any = None,
         image_guidance_scale: float | None = None,
+        on_round: OnRound | None = None,
     ) -> Any:
         """Make pictures. The arguments are the same for all families; what a model cannot work with is refused.
 
@@ -299,6 +304,9 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             strength: which share of ``image`` is made anew, from the bottom up: 0.5 keeps the upper half.
             prompt_images: pictures that every prompt speaks of (Anole).
             image_guidance_scale: r of ``u + r (i - u) + s (c - i)``, where there are ``prompt_images``.
+            on_round: called (untimed) with the :class:`arsd.decoding.Round` of each pass; ``True`` stops this call
+                (``interrupt`` all those of the pipeline). What was decoded so far is returned, with 0 for the tokens that
+                are missing; ``stats.tokens`` says how many each picture has.
 
         Returns:
             :class:`ARPipelineOutput`: pictures, tokens and figures.
@@ -366,6 +374,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
                 None if on_picture is None else finished,
                 log_probs=log_probs,
                 trace=trace,
+                on_round=on_round,
             )
         result_output = output(result, range(len(conditions.inputs)))
         self.maybe_free_model_hooks()

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from arsd.decoding import DecodeStats, DecodingStrategy
+from arsd.decoding.types import OnRound
 from arsd.errors import CheckpointError, InputError
 from arsd.generation import generate_fn
 from arsd.models.visual import visual_ids, visual_mask
@@ -61,6 +62,7 @@ class _Call:
     options: dict[str, Any]
     streamer: Any
     began: float
+    on_round: OnRound | None = None
 
 
 class VideoLLMPipeline:
@@ -182,6 +184,7 @@ class VideoLLMPipeline:
         streamer: Any = None,
         stream: Callable[[str], Any] | None = None,
         system: str | None = None,
+        on_round: OnRound | None = None,
         **generate_kwargs: Any,
     ) -> VideoLLMOutput:
         """Answer a question about a clip, or several in one batch.
@@ -204,6 +207,8 @@ class VideoLLMPipeline:
             streamer: of transformers: gets prompt and tokens as they are committed (one row only).
             stream: called with each new piece of text (one row only).
             system: a system message before the question.
+            on_round: called (untimed) with the :class:`arsd.decoding.Round` of each pass; ``True`` stops the call,
+                which returns the text so far.
             generate_kwargs: further options of ``model.generate``, as far as :func:`arsd.generate_fn` supports them.
 
         Returns:
@@ -223,7 +228,7 @@ class VideoLLMPipeline:
         options = checked_options(generator, do_sample, generate_kwargs, **given)
         strategy = _strategy(decoder, self.decoder)
         inputs, frames, batch = self._prompt(video, question, (num_frames, fps, source_fps), system)
-        return self._run(_Call(inputs, frames, batch, strategy, options, streamer, began))
+        return self._run(_Call(inputs, frames, batch, strategy, options, streamer, began, on_round))
 
     def stream(
         self, video: Any, question: str = "Describe the clip.", **options: Any
@@ -334,7 +339,7 @@ class VideoLLMPipeline:
 
     def _run(self, call: _Call) -> VideoLLMOutput:
         """Decode."""
-        fn = generate_fn(call.strategy, streamer=call.streamer)
+        fn = generate_fn(call.strategy, streamer=call.streamer, on_round=call.on_round)
         try:
             out = self.model.generate(**call.inputs, **call.options, custom_generate=fn, return_dict_in_generate=True)
         except ValueError as error:

@@ -189,6 +189,7 @@ def test_wheel_carries_the_model_byte_for_byte(distributions, kind):
     assert {name: content for name, content in packed.items() if name.startswith(MODEL)} == model_files()
     presets = {f"arsd/{path.as_posix()}" for path in repository_files() if path.parent.as_posix() == "metrics/presets"}
     assert presets and presets == {name for name in packed if "/presets/" in name}
+    assert {"arsd/app/style.css", "arsd/app/page.js"} <= set(packed)
 
 
 @pytest.mark.slow

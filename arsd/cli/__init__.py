@@ -23,12 +23,12 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module adds its own."""
     import arsd
-    from arsd.cli import bench, check_rule, demo, describe, evaluate, generate, models, profile, train, verify
+    from arsd.cli import app, bench, check_rule, demo, describe, evaluate, generate, models, profile, train, verify
 
     parser = _Parser(prog="arsd", description="Fast autoregressive image generation that proves what it did.")
     parser.add_argument("--version", action="version", version=f"arsd {arsd.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, describe, verify, bench, evaluate, profile, check_rule, demo, models, train):
+    for module in (generate, describe, verify, bench, evaluate, app, profile, check_rule, demo, models, train):
         module.add_parser(commands)
     return parser
 

@@ -19,7 +19,7 @@ from arsd.decoding.stats import DecodeStats
 from arsd.decoding.strategies import SJD, STRATEGIES, Autoregressive, DecodingStrategy, Setting, parse_strategy
 from arsd.decoding.tree_drafter import TreeDrafter
 from arsd.decoding.trees import TreeShape
-from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Step, Verdict
+from arsd.decoding.types import DecodeRequest, Draft, Outcome, Parts, Round, Step, Verdict
 
 __all__ = [
     "CoolSD",
@@ -49,6 +49,7 @@ __all__ = [
     "PassCosts",
     "PublishedCoolSD",
     "Purpose",
+    "Round",
     "SeedExactTree",
     "Setting",
     "SiblingSampling",

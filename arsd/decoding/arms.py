@@ -329,7 +329,7 @@ class ArmsController:
     def __init__(self, arms: Arms, bandit: Bandit, draws: Callable[[int], float]) -> None:
         self.arms, self.bandit, self.draws = arms, bandit, draws
         self.counts = [0] * len(arms.arms)
-        self.chosen = 0
+        self.chosen, self.arm = 0, arms.now.name
 
     def window(self) -> int:
         """See :class:`arsd.decoding.types.Controller`."""
@@ -338,6 +338,7 @@ class ArmsController:
             self.chosen = self.bandit.choose(self.draws(tally.drawn))
             tally.drawn += 1
         self.arms.now = self.arms.arms[self.chosen]
+        self.arm = self.arms.now.name
         return self.arms.now.window()
 
     def pass_tokens(self) -> int:

@@ -215,8 +215,11 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             law, draft = followed(law, draft, verdict.path)
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
-            if request.trace:
-                trace.append(_round(step, draft, verdict, counts, rows.held))
+            turn = None
+            if request.trace or request.on_round is not None:
+                turn = _round(step, draft, verdict, counts, rows.held, getattr(parts.controller, "arm", ""))
+                if request.trace:
+                    trace.append(turn)
             rows.commit(step, law, verdict, counts, width)
             rows.end([b for b, end in enumerate(over) if end])
             if verdict.path is not None:
@@ -225,12 +228,15 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             parts.drafter.observe(step, law, verdict, rows.lengths)
             stats.add_pass([(rows.held[b], counts[b]) for b in active], width)
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
-            if request.on_commit is not None:
-                stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1]))
+        if request.on_round is not None and turn is not None:
+            stopped = bool(request.on_round(turn))
+        if request.on_commit is not None:
+            with watch("other"):
+                stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1])) or stopped
         if request.on_picture is not None:
             for picture in rows.finished(active):
                 request.on_picture(picture, rows.result_of(picture, stats))
-        if rows.waiting:
+        if rows.waiting and not stopped:
             with watch("prefill"):
                 stats.prefill_passes += _refill(rows, target, parts, noise)
     watch.close()
@@ -277,7 +283,8 @@ def _broken(rows: _Rows, faults: list[int]) -> NonFiniteLogitsError:
     return NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.done))
 
 
-def _round(step: Step, draft: Draft, verdict: Verdict, counts: list[int], held: list[int]) -> Round:
+def _round(step: Step, draft: Draft, verdict: Verdict, counts: list[int], held: list[int], arm: str) -> Round:
     tensors = (step.positions, draft.tokens, verdict.tokens, verdict.outcome)
-    positions, drafts, tokens, outcome = (x.cpu().clone() for x in tensors)
-    return Round(positions, drafts, tokens, outcome, counts, list(held))
+    with torch.inference_mode(False):  # who hears of it may write into it
+        positions, drafts, tokens, outcome = (x.cpu().clone() for x in tensors)
+    return Round(positions, drafts, tokens, outcome, list(counts), list(held), arm)

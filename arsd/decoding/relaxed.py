@@ -190,6 +190,6 @@ class MarginRule:
         accepted = (own + self.margin >= best[:, :-1]) & (own > -torch.inf)
         changed = accepted & (draft.tokens != tokens[:, :-1])
         tokens = torch.cat([torch.where(accepted, draft.tokens, tokens[:, :-1]), tokens[:, -1:]], dim=1)
-        verdict = _verdict(step, draft, tokens, accepted)
+        verdict = _verdict(step, draft, tokens, accepted, relaxed=changed)
         verdict.local_tv = torch.cat([changed, torch.zeros_like(changed[:, :1])], dim=1).double()
         return verdict

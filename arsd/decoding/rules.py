@@ -86,6 +86,12 @@ class Slots:
             return self.p, self.q
         return self.p.gather(-1, ids).double(), self.q.gather(-1, ids).double()
 
+    @property
+    def ratio(self) -> Tensor:
+        """p(d) / q(d) of each slot's guess [B, n], float64: speculative sampling takes it where a uniform lies below."""
+        p, q = self.masses(self.guesses[..., None])
+        return (p / q)[..., 0]
+
     def double(self) -> Slots:
         """The same in float64."""
         return replace(self, p=self.p.double(), q=self.q.double())
@@ -110,11 +116,12 @@ class ChainRule:
         slots = Slots.of(law.probs, draft)
         slots.omega = self.omegas(step, slots)
         slots.chance = self.acceptance(slots)
-        where = step.positions[:, :-1], step.iteration, step.active[:, :-1]
-        accepted = step.noise.bernoulli(slots.chance[:, :-1], Purpose.ACCEPT, *where)
+        local_tv = self.local_tv(slots)
+        strict = None if local_tv is None else slots.ratio[:, :-1]
+        accepted, relaxed = acceptance_test(step, slice(-1), slots.chance[:, :-1], strict, step.active[:, :-1])
         tokens = (self._judge_every_slot if self.every_slot else self._judge_until_refused)(step, slots, accepted)
-        verdict = _verdict(step, draft, tokens, accepted)
-        verdict.local_tv = self.local_tv(slots)
+        verdict = _verdict(step, draft, tokens, accepted, relaxed=relaxed)
+        verdict.local_tv = local_tv
         return verdict
 
     def omegas(self, step: Step, slots: Slots) -> Tensor | None:
@@ -187,6 +194,31 @@ class RejectionSampling(ChainRule):
         """Nothing to report: every slot has law p."""
 
 
+def acceptance_test(
+    step: Step, slots: slice, chance: Tensor, strict: Tensor | None, active: Tensor, *number: int
+) -> tuple[Tensor, Tensor | None]:
+    """Which guesses are taken, and which of them a stricter test would have refused with the same random number.
+
+    Args:
+        step: of the round.
+        slots: n of its slots.
+        chance: [B, n] probability that a guess is taken.
+        strict: [B, n] that of the stricter test (above 1 is 1), ``None`` if nobody asks.
+        active: [B, n] slots that count.
+        number: which of the siblings of a tree.
+
+    Returns:
+        [B, n] and [B, n]. There is no answer to the second question (``None``) from noise that has no uniforms, such as an
+        enumeration of all choices.
+    """
+    where = Purpose.ACCEPT, step.positions[:, slots], step.iteration
+    uniform = getattr(step.noise, "uniform", None)
+    if strict is None or uniform is None:
+        return step.noise.bernoulli(chance, *where, active, *number), None
+    u = uniform(*where, *number)
+    return u < chance, (u < chance) & (u >= strict)
+
+
 def _residual(p: Tensor, a: Tensor) -> Tensor:
     """max(p - a, 0), or p where nothing is left of it (a >= p up to rounding: a refusal has probability 0)."""
     weights = (p - a).clamp_min(0)
@@ -206,8 +238,17 @@ def _leading(accepted: Tensor) -> Tensor:
     return accepted.to(torch.int64).cumprod(dim=1).sum(dim=1)
 
 
-def _verdict(step: Step, draft: Draft, tokens: Tensor, accepted: Tensor, near_tie: Tensor | None = None) -> Verdict:
+def _verdict(
+    step: Step,
+    draft: Draft,
+    tokens: Tensor,
+    accepted: Tensor,
+    near_tie: Tensor | None = None,
+    relaxed: Tensor | None = None,
+) -> Verdict:
     """Commit the accepted run and one token more, never beyond the end of the image."""
     outcome = torch.full_like(tokens, int(Outcome.BONUS))
     outcome[:, :-1] = torch.where(accepted, int(Outcome.ACCEPTED), int(Outcome.RESAMPLED))
+    if relaxed is not None:
+        outcome[:, :-1].masked_fill_(relaxed, int(Outcome.RELAXED))
     return Verdict(torch.minimum(_leading(accepted) + 1, step.width), tokens, outcome, near_tie)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arsd.decoding.laws import Law
 from arsd.decoding.noise import Purpose
-from arsd.decoding.rules import NEAR_TIE, SeedExact, decided
+from arsd.decoding.rules import NEAR_TIE, SeedExact, acceptance_test, decided
 from arsd.decoding.trees import TreeShape, TreeTables, tables
 from arsd.decoding.types import Draft, Outcome, Step, Verdict
 from arsd.errors import StrategyError
@@ -82,6 +82,7 @@ class SiblingSampling:
                 tested = torch.where(reached, node.tested, tested)
                 if relaxed:
                     local_tv[:, depth] = torch.where(reached, node.local_tv, 0.0)
+                    walk.relaxed[:, depth] = node.relaxed
             else:
                 tested = torch.where(reached, False, tested)
             last = torch.where(reached[:, None], rest, last)
@@ -139,6 +140,7 @@ class _Walk:
         self.accepted = torch.zeros_like(self.at)
         self.path = torch.zeros_like(step.positions[:, 1:])
         self.tokens = torch.zeros_like(step.positions)
+        self.relaxed = torch.zeros_like(step.active)
 
     @property
     def here(self) -> Tensor:
@@ -171,7 +173,8 @@ class _Walk:
     ) -> Verdict:
         """Commit the path and one token more, never beyond the end of the image."""
         slots, accepted = torch.arange(tokens.shape[1], device=tokens.device), self.accepted[:, None]
-        outcome = torch.where(slots < accepted, int(Outcome.ACCEPTED), int(Outcome.BONUS))
+        taken = torch.where(self.relaxed, int(Outcome.RELAXED), int(Outcome.ACCEPTED))
+        outcome = torch.where(slots < accepted, taken, int(Outcome.BONUS))
         outcome = torch.where((slots == accepted) & tested[:, None], int(Outcome.RESAMPLED), outcome)
         count = torch.minimum(self.accepted + 1, self.step.width)
         return Verdict(count, tokens, outcome, near_tie, local_tv, None if self.chain else self.path)
@@ -186,6 +189,7 @@ class _Node:
         self.tested = torch.zeros(len(p), dtype=torch.bool, device=p.device)
         self.reach = torch.ones(len(p), dtype=torch.float64, device=p.device)
         self.local_tv = torch.zeros_like(self.reach)
+        self.relaxed = torch.zeros_like(self.tested)  # whether the child taken would not have been with omega = 1
 
     def test(self, token: Tensor, exists: Tensor, here: Tensor, number: int) -> Tensor:
         """Whether child ``number`` is taken, in the rows ``here``; what is left of R and Q when it is not."""
@@ -193,9 +197,13 @@ class _Node:
         q = torch.zeros_like(self.rest).scatter_(1, place, 1.0) if self.q is None else self.q
         q_x = q.gather(1, place)[:, 0]
         exists = exists & (q_x > 0)
-        chance = (self.omega * self.rest.gather(1, place)[:, 0] / q_x).clamp_max(1.0)
+        rest_x = self.rest.gather(1, place)[:, 0]
+        chance = (self.omega * rest_x / q_x).clamp_max(1.0)
         asked = (here & exists)[:, None]
-        taken = step.noise.bernoulli(chance[:, None], Purpose.ACCEPT, step.positions[:, now], step.iteration, asked, number)
+        strict = (rest_x / q_x)[:, None] if self.omega > 1 else None
+        taken, relaxed = acceptance_test(step, now, chance[:, None], strict, asked, number)
+        if relaxed is not None:
+            self.relaxed = self.relaxed | (relaxed & asked)[:, 0]
         delivered = torch.minimum(q, self.omega * self.rest)
         self.local_tv += torch.where(exists, self.reach * (delivered - self.rest).clamp_min(0).sum(-1), 0.0)
         self.reach = torch.where(exists, self.reach * (1 - chance), self.reach)

@@ -24,6 +24,7 @@ class Outcome(IntEnum):
     RESAMPLED = 1  # the rule's own token, where a draft was refused
     BONUS = 2  # drawn where there was no draft
     FORCED = 3  # the grammar leaves no choice
+    RELAXED = 4  # a draft that only a relaxed rule took: a lossless one would have refused it with the same random numbers
 
 
 @dataclass
@@ -256,7 +257,8 @@ class Controller(Protocol):
 
     Optional: ``pass_tokens()``, called after ``window()``: tokens of this pass, at least the window (or the columns of the
     tree that the drafter makes in it) and at most ``Parts.pass_tokens``, which is what a pass takes without it; and
-    ``pulls()``: rounds of each arm, for ``DecodeStats.arms``, where it chooses among strategies.
+    ``pulls()``: rounds of each arm, for ``DecodeStats.arms``, where it chooses among strategies; and ``arm``, the name of
+    the one that it chose last, for :class:`Round`.
     """
 
     def window(self) -> int:
@@ -299,7 +301,17 @@ class Parts:
 
 @dataclass
 class Round:
-    """One pass of one call, for traces (host tensors): see :class:`Draft`, :class:`Verdict`; ``pictures`` are the rows'."""
+    """One pass of one call (host tensors): see :class:`Draft` and :class:`Verdict`.
+
+    Args:
+        positions: [B, W] places of the slots.
+        drafts: [B, W - 1] guesses; of a tree, those along the path that was taken.
+        tokens: [B, W] what the rule gave each slot.
+        outcome: [B, W] :class:`Outcome` of each slot.
+        counts: how many of these tokens each row committed.
+        pictures: which picture each row held.
+        arm: the strategy that decoded the round, where the controller chooses among several.
+    """
 
     positions: Tensor
     drafts: Tensor
@@ -307,6 +319,10 @@ class Round:
     outcome: Tensor
     counts: list[int]
     pictures: list[int]
+    arm: str = ""
+
+
+OnRound = Callable[[Round], bool | None]
 
 
 @dataclass
@@ -321,11 +337,13 @@ class DecodeRequest:
         recheck: decide tokens whose best two scores lie nearer than this again (:func:`arsd.decoding.recheck.recheck`).
         log_probs: also return each token's log-probability and the entropy of its law.
         trace: also return every :class:`Round`.
-        on_commit: called after each pass with the number of newly committed tokens and the tokens so far [M, N]; returns
-            ``True`` to stop.
+        on_round: called after each pass with its :class:`Round`; returns ``True`` to stop the call after this pass. What it
+            does is in no one's seconds: neither in those of the figures nor in those that a controller is told.
+        on_commit: called after each pass, behind ``on_round``, with the number of newly committed tokens and the tokens so
+            far [M, N]; returns ``True`` to stop.
         pictures: how many to decode; ``None`` means one per row. Rows that finish take the next one of those that wait.
         on_picture: called with (picture, :class:`arsd.decoding.loop.DecodeResult` of it alone) when a picture is finished,
-            while others go on. What it does is in no one's seconds.
+            while others go on; in no one's seconds either.
     """
 
     num_tokens: int | Sequence[int]
@@ -338,3 +356,4 @@ class DecodeRequest:
     on_commit: Callable[[int, Tensor], bool] | None = field(default=None, repr=False)
     pictures: int | None = None
     on_picture: Callable[[int, DecodeResult], None] | None = field(default=None, repr=False)
+    on_round: OnRound | None = field(default=None, repr=False)
