@@ -228,12 +228,9 @@ class ARImagePipeline(Provable, DiffusionPipeline):
                 bring_back(self.transformer)  # who looks at pictures meanwhile may push it out
                 return stop
 
+            hears: dict[str, Any] = {"on_commit": on_commit, "on_picture": on_picture}
+            hears["on_round"] = None if on_round is None else heard
             size = grammar.num_tokens, raster.row_length, given
-            hears: dict[str, Any] = {
-                "on_round": heard if on_round else None,
-                "on_commit": on_commit,
-                "on_picture": on_picture,
-            }
             request = DecodeRequest(*size, log_probs=log_probs, trace=trace, pictures=count, **hears)
             result = decode(target, parts, laws, noise, request, batch)
             result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
