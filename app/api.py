@@ -20,8 +20,8 @@ from arsd.app.tabs.parts import GROUP
 from arsd.app.tabs.video import asked_text
 from arsd.app.toasts import with_toasts
 from arsd.app.uploads import CLIPS, checked_clip, checked_picture
-from arsd.cli.generate import slug
 from arsd.errors import InputError
+from arsd.provenance import slug
 
 
 class Endpoints:

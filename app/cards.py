@@ -14,9 +14,8 @@ import arsd
 from arsd.app.drawing import Drawn
 from arsd.app.knobs import Asked
 from arsd.app.service import Service
-from arsd.cli.generate import picture_entry, slug
 from arsd.devices import device_kind, dtype_name
-from arsd.provenance import tokens_sha256
+from arsd.provenance import picture_entry, slug, tokens_sha256
 
 
 def machine(pipe: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -127,6 +128,26 @@ def make_record(pipe: Any, output: Any, index: int) -> dict[str, Any]:
         "near_ties": stats.near_ties[index],
         "expected_changed_tokens": stats.expected_changed_tokens[index],
     }
+
+
+def picture_entry(result: Any, i: int) -> dict[str, Any]:
+    """The figures of picture ``i`` of a call (a batch shares its passes and seconds)."""
+    stats = result.stats
+    return {
+        "tokens_sha256": tokens_sha256(result.tokens[i]),
+        "tokens": stats.tokens[i],
+        "forward_passes": stats.row_passes[i],
+        "tokens_per_pass": stats.tokens[i] / max(1, stats.row_passes[i]),
+        "pass_tokens": stats.pass_tokens,
+        "seconds": stats.total_seconds,
+        "expected_changed_tokens": stats.expected_changed_tokens[i],
+        "near_ties": stats.near_ties[i],
+    }
+
+
+def slug(prompt: str) -> str:
+    """A file name for a prompt: letters, digits and dashes, at most 60."""
+    return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
 
 
 def _drafter_that_matters(pipe: Any, decoder: Any) -> str | None:

@@ -36,8 +36,8 @@ from arsd.app.tabs.parts import (
     wire,
 )
 from arsd.app.toasts import with_toasts
-from arsd.cli.generate import slug
 from arsd.errors import ArsdError
+from arsd.provenance import slug
 
 Knobs = dict[str, Any]
 GALLERY = "arsd-explore"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,10 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def slug(prompt: str) -> str:
-    """A file name for a prompt: letters, digits and dashes, at most 60."""
-    return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
-
-
 def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
     """The file of every picture; two prompts with one slug are told apart by a number."""
+    from arsd.provenance import slug
+
     seen: dict[str, int] = {}
     plan = []
     for prompt in prompts:
@@ -63,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from arsd.decoding import LawConfig, parse_strategy
-    from arsd.provenance import save_png, tokens_sha256
+    from arsd.provenance import picture_entry, save_png, tokens_sha256
 
     inputs = inputs_of(arguments)
     prompts = [str(next(iter(one.values()))) for one in inputs]
@@ -141,20 +137,3 @@ def open_picture(path: str) -> Any:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
-
-
-def picture_entry(result: Any, i: int) -> dict[str, Any]:
-    """The figures of picture ``i`` of a call (a batch shares its passes and seconds)."""
-    from arsd.provenance import tokens_sha256
-
-    stats = result.stats
-    return {
-        "tokens_sha256": tokens_sha256(result.tokens[i]),
-        "tokens": stats.tokens[i],
-        "forward_passes": stats.row_passes[i],
-        "tokens_per_pass": stats.tokens[i] / max(1, stats.row_passes[i]),
-        "pass_tokens": stats.pass_tokens,
-        "seconds": stats.total_seconds,
-        "expected_changed_tokens": stats.expected_changed_tokens[i],
-        "near_ties": stats.near_ties[i],
-    }
