@@ -12,7 +12,7 @@ import gradio as gr
 from arsd.app.cards import picture_card
 from arsd.app.checking import check
 from arsd.app.describing import describe as describe_clip
-from arsd.app.drawing import Drawer, Drawn, png_of
+from arsd.app.drawing import Drawer, Drawn
 from arsd.app.knobs import TEXTS, asked, presets, promise, strategy, whole
 from arsd.app.race import race
 from arsd.app.service import Service
@@ -86,19 +86,19 @@ class Endpoints:
         count = whole("the number of pictures", pictures, 1, service.limits.pictures)
         wanted = asked(service.pipe, _subject(service, prompt), decoder, seed, service.limits, **sampling)
         run, drawn = service.new_run(), None
-        for drawn in service.stream(run, Drawer(service.pipe, run, wanted, count, live=False)):
+        for drawn in service.stream(run, Drawer(service, run, wanted, count, live=False)):
             if drawn.output is None:
                 yield gr.skip(), gr.skip(), _so_far(drawn)
         if drawn is None or drawn.output is None:
             raise InputError("it was stopped before it began")
-        report = picture_card(service, wanted, drawn)
+        report = {**picture_card(service, wanted, drawn), "notes": drawn.notes}
         if not drawn.finished:
             yield None, [], report
             return
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
             files = [Path(folder) / f"{slug(wanted.subject)}-seed{wanted.seed + i}.png" for i in range(count)]
-            for i, file in enumerate(files):
-                file.write_bytes(png_of(service.pipe, service.model, wanted.seed, drawn.output, i))
+            for file, content in zip(files, drawn.pngs, strict=True):
+                file.write_bytes(content)
             yield str(files[0]), [str(file) for file in files], report
 
     def compare(self, prompt: str, decoder: str = "sjd", seed: float = 0) -> Iterator[tuple[Any, Any, Any]]:

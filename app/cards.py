@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,10 @@ from arsd.app.drawing import Drawn
 from arsd.app.knobs import Asked
 from arsd.app.service import Service
 from arsd.devices import device_kind, dtype_name
+from arsd.pipelines.outputs import ARPipelineOutput
 from arsd.provenance import picture_entry, slug, tokens_sha256
+
+REDUCED = ("bfloat16", "float16")
 
 
 def machine(pipe: Any) -> dict[str, Any]:
@@ -74,41 +77,54 @@ def plain_of(asked: Asked) -> Asked:
     return replace(asked, decoder=arsd.Autoregressive())
 
 
-def picture_python(service: Service, asked: Asked, pictures: int = 1, compare: bool = False) -> str:
+def as_run(asked: Asked, output: ARPipelineOutput) -> Asked:
+    """The same with the window that ``auto`` took: it depends on the machine and the batch."""
+    config = {key: value for key, value in dict(asked.decoder.config).items() if not key.startswith("_")}
+    if config.get("window") != "auto":
+        return asked
+    return replace(asked, decoder=type(asked.decoder)(**{**config, "window": output.stats.pass_tokens}))
+
+
+def picture_python(service: Service, asked: Asked, output: ARPipelineOutput, compare: bool = False) -> str:
     """Python that draws the same tokens."""
+    asked, pictures, name = as_run(asked, output), len(output.seeds), slug(asked.subject)
     call = [repr(asked.subject) if "prompt" in asked.inputs else f"class_labels={asked.subject}"]
     call += [f"decoder={str(asked.decoder)!r}"]
-    call += [f"{name}={value!r}" for name, value in asked.sampling.items()]
-    lines = ["import torch, arsd", "", _load("arsd.AutoARPipeline", service.model, service.pipe, service.parts)]
+    call += [f"{option}={value!r}" for option, value in asked.sampling.items()]
+    lines = [
+        "import torch, arsd",
+        *_imports(service),
+        "",
+        _load("arsd.AutoARPipeline", service.model, service.pipe, service.parts),
+    ]
     if pictures == 1:
         call += [f"generator=torch.Generator().manual_seed({asked.seed})"]
+        save = [f'arsd.save_png(out.images[0], "{name}-seed{asked.seed}.png", pipe.record(out, 0))']
     else:
         lines += [f"seeds = range({asked.seed}, {asked.seed + pictures})"]
         call += [f"num_images_per_prompt={pictures}", "generator=[torch.Generator().manual_seed(s) for s in seeds]"]
-    lines += [f"out = pipe({', '.join(call)})"]
-    name = slug(asked.subject)
-    if pictures == 1:
-        lines += [f'arsd.save_png(out.images[0], "{name}-seed{asked.seed}.png", pipe.record(out, 0))']
-    else:
-        lines += ["for i, seed in enumerate(seeds):"]
-        lines += [f'    arsd.save_png(out.images[i], f"{name}-seed{{seed}}.png", pipe.record(out, i))']
+        save = ["for i, seed in enumerate(seeds):"]
+        save += [f'    arsd.save_png(out.images[i], f"{name}-seed{{seed}}.png", pipe.record(out, i))']
+    lines += [f"out = pipe({', '.join(call)})", *save]
     if compare:
-        plain = [f"decoder={'ar'!r}" if one.startswith("decoder=") else one for one in call]
+        plain = ["decoder='ar'" if one.startswith("decoder=") else one for one in call]
         lines += [f"plain = pipe({', '.join(plain)})", "print((out.tokens != plain.tokens).sum().item(), 'tokens differ')"]
     return "\n".join(lines) + "\n"
 
 
-def picture_command(service: Service, asked: Asked, pictures: int = 1, compare: bool = False) -> str:
+def picture_command(service: Service, asked: Asked, output: ARPipelineOutput, compare: bool = False) -> str:
     """The command that draws the same tokens."""
-    what = [asked.subject] if "prompt" in asked.inputs else ["--class-label", asked.subject]
-    words = ["arsd", "generate", *what, "--decoder", str(asked.decoder)]
-    words += [w for name, value in asked.sampling.items() for w in (f"--{name.replace('_', '-')}", f"{value!r}")]
-    words += [w for name, value in service.parts.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-    words += _common(service.model, service.pipe) + (["--compare"] if compare else [])
+    asked, pictures = as_run(asked, output), len(output.seeds)
+    words = ["arsd", "generate", "--decoder", str(asked.decoder)]
+    words += _options(asked.sampling) + _common(service, service.model, service.pipe, service.parts)
+    words += ["--compare"] if compare else []
+    what = f" -- {shlex.quote(asked.subject)}" if "prompt" in asked.inputs else f" --class-label {asked.subject}"
     if pictures == 1:
-        return shlex.join([*words, "--seed", str(asked.seed)]) + "\n"
+        return f"{shlex.join(words)} --seed {asked.seed}{what}\n"
     seeds = " ".join(str(asked.seed + i) for i in range(pictures))
-    return f"for seed in {seeds}; do\n  {shlex.join(words)} --seed $seed\ndone\n"
+    kind = dtype_name(service.pipe)
+    note = f"# one at a time; in {kind} a near-tie may fall otherwise than in one batch, which the Python draws\n"
+    return f"{note if kind in REDUCED else ''}for seed in {seeds}; do\n  {shlex.join(words)} --seed $seed{what}\ndone\n"
 
 
 def text_card(service: Service, told: Any, question: str, decoder: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -126,19 +142,29 @@ def text_python(service: Service, clip: str, question: str, decoder: Any, option
     """Python that describes a clip again."""
     call = [repr(clip), repr(question), f"decoder={str(decoder)!r}", *(f"{k}={v!r}" for k, v in options.items())]
     load = _load("arsd.VideoLLMPipeline", service.video_model, service.video_llm)
-    return "\n".join(["import torch, arsd", "", load, f"out = pipe({', '.join(call)})", "print(out.text)"]) + "\n"
+    lines = ["import torch, arsd", *_imports(service), "", load, f"out = pipe({', '.join(call)})", "print(out.text)"]
+    return "\n".join(lines) + "\n"
 
 
 def text_command(service: Service, clip: str, question: str, decoder: Any, options: dict[str, Any]) -> str:
     """The command that describes a clip again."""
-    words = ["arsd", "describe", clip, "--question", question, "--decoder", str(decoder)]
-    words += [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-    return shlex.join([*words, *_common(service.video_model, service.video_llm)]) + "\n"
+    words = ["arsd", "describe", f"--question={question}", "--decoder", str(decoder), *_options(options)]
+    return shlex.join([*words, *_common(service, service.video_model, service.video_llm), "--", clip]) + "\n"
 
 
-def verify_command(names: Sequence[str], service: Service) -> str:
-    """The command that verifies files."""
-    return shlex.join(["arsd", "verify", *names, "--model", service.model]) + "\n"
+def verify_command(name: str, service: Service) -> str:
+    """The command that verifies a file."""
+    return shlex.join(["arsd", "verify", "--model", service.model, *_options(service.parts), "--", name]) + "\n"
+
+
+def _options(given: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _imports(service: Service) -> list[str]:
+    if not service.plugins:
+        return []
+    return ["from arsd.plugins import import_plugin", *(f"import_plugin({plugin!r})" for plugin in service.plugins)]
 
 
 def _load(cls: str, model: str, pipe: Any, parts: Mapping[str, Any] = MappingProxyType({})) -> str:
@@ -147,5 +173,6 @@ def _load(cls: str, model: str, pipe: Any, parts: Mapping[str, Any] = MappingPro
     return f"pipe = {cls}.from_pretrained({model!r}, dtype=torch.{dtype_name(pipe)}{more}){device}"
 
 
-def _common(model: str, pipe: Any) -> list[str]:
-    return ["--model", model, "--dtype", dtype_name(pipe), "--device", pipe.device.type]
+def _common(service: Service, model: str, pipe: Any, parts: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    plugins = [word for plugin in service.plugins for word in ("--import", plugin)]
+    return ["--model", model, "--dtype", dtype_name(pipe), "--device", pipe.device.type, *_options(parts), *plugins]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from arsd.app.progress import Pace
 from arsd.app.service import Run, Service
 from arsd.decoding import DecodingStrategy, Outcome
 from arsd.decoding.types import Round
+from arsd.errors import InputError
 from arsd.pipelines.video_parts import Pieces
 
 PROPOSERS = {
@@ -33,7 +34,6 @@ class Told:
     Args:
         pieces: the text, token by token.
         committed: tokens of each pass.
-        seconds: of decoding, the reading of the prompt included once it is over; showing is not in it.
         output: what the pipeline returned, once it has.
         stopped: why it ended early, or ``""``.
         card: everything, at the end.
@@ -88,6 +88,13 @@ class _Listener:
             self.pieces.append(Piece("".join(self._heard), outcome, len(self.committed), who))
         self.committed.append(count)
 
+    def end(self) -> None:
+        """What is left of a character that was cut in two."""
+        self._heard.clear()
+        self._put.end()
+        if self.pieces and self._heard:
+            self.pieces[-1] = replace(self.pieces[-1], text=self.pieces[-1].text + "".join(self._heard))
+
     def seen(self) -> Told:
         """What can be seen now."""
         return Told(list(self.pieces), list(self.committed))
@@ -116,8 +123,23 @@ def describe(
             pace(lambda: hear(listener.seen()))
             return run.over()
 
-        out = service.video_llm(clip, question, decoder=decoder, on_round=on_round, **options)
-        told = Told(list(listener.pieces), list(listener.committed), out, run.reason)
-        hear(Told(told.pieces, told.committed, out, run.reason, text_card(service, told, question, decoder, options)))
+        def on_frame() -> None:
+            if run.over():
+                raise InputError(f"cut short ({run.reason}) while the clip was read")
+
+        try:
+            out = service.video_llm(clip, question, decoder=decoder, on_round=on_round, on_frame=on_frame, **options)
+        except InputError as error:
+            raise InputError(str(error).replace(str(clip), clip.name)) from error
+        listener.end()
+        ended = out.stats.tokens[0] >= options["max_new_tokens"] or int(out.tokens[0, -1]) in _ends(service.video_llm)
+        told = replace(listener.seen(), output=out, stopped="" if ended else run.reason)
+        hear(replace(told, card=text_card(service, told, question, decoder, options)))
 
     return service.stream(run, work)
+
+
+def _ends(pipe: Any) -> set[int]:
+    """The ids that end an answer."""
+    found = pipe.model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else {found}

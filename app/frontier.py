@@ -37,8 +37,13 @@ def find_card(model: str, path: str | None = None) -> dict[str, Any] | None:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         rows = card["rows"]
-        if not all(isinstance(row["decoder"], str) and isinstance(row["tokens per pass"], float) for row in rows):
-            raise TypeError
+        for row in rows:
+            if not isinstance(row["decoder"], str) or not isinstance(row["tokens per pass"], float):
+                raise TypeError
+            if row.get("role") == "strategy":
+                row["promise"], row["lossless"]  # what a point needs
+        if not qualities(card):
+            raise KeyError("a column of quality")
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):

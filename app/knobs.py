@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from arsd.decoding import DecodingStrategy, parse_strategy
 from arsd.errors import InputError, StrategyError
 
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
+LONGEST_STRATEGY, DIGITS = 200, 6
 NEEDS_DRAFTER = ("eagle", "hybrid", "cool-sd", "cool-sd-published", "lantern", "lantern-plus-plus", "grouped")
 OF_TEXT = ("std", "prompt-lookup", "token-recycling", "layer-skip", "ucb-spec", "exp3-spec")
 
@@ -64,15 +66,36 @@ def presets(pipe: Any) -> dict[str, str]:
     }
 
 
-def strategy(words: Any) -> DecodingStrategy:
+def strategy(words: Any, limits: Limits | None = None) -> DecodingStrategy:
     """The strategy that a user named.
 
     Raises:
-        StrategyError: when there is none.
+        StrategyError: when there is none, or it asks for more than the ``limits`` allow.
     """
     if not isinstance(words, str) or not words.strip():
         raise StrategyError("choose a strategy, such as sjd or sjd:window=16")
+    if limits is not None:
+        _bearable(words, limits)
     return parse_strategy(words)
+
+
+def _bearable(words: str, limits: Limits) -> None:
+    """Raise StrategyError for numbers that would take a machine for minutes; nested rules and arms are words here, too."""
+    if len(words) > LONGEST_STRATEGY:
+        raise StrategyError(f"a strategy has at most {LONGEST_STRATEGY} characters here")
+    for name, value in re.findall(r"(window|pass_tokens|draft_length|length)\s*=\s*(\d+)", words):
+        if int(value[:12]) > limits.pass_tokens:
+            raise StrategyError(f"{name} may be at most {limits.pass_tokens} here, not {value[:12]}")
+    for tree in re.findall(r"\d+(?:x\d+)+", words):
+        level = columns = 1
+        for children in tree.split("x"):
+            level = min(level * int(children[:6]), 2**40)
+            columns += level
+        if columns > limits.pass_tokens:
+            raise StrategyError(f"the tree {tree[:40]} has more than {limits.pass_tokens} columns")
+    for number in re.findall(r"(?<![\d.])\d+", words):
+        if len(number) > DIGITS:
+            raise StrategyError(f"{number[:12]} is more than a strategy may ask for here")
 
 
 def promise(decoder: DecodingStrategy) -> str:
@@ -150,13 +173,13 @@ def asked(pipe: Any, subject: Any, decoder: Any, seed: Any, limits: Limits, **sa
         decoder: a strategy in words.
         seed: a whole number.
         limits: of users.
-        sampling: guidance_scale, temperature, top_k, top_p; ``None`` is the model's own.
+        sampling: guidance_scale, temperature, top_k; ``None`` is the model's own.
 
     Raises:
         InputError: for what the model cannot work with.
         StrategyError: for a strategy that there is not.
     """
-    chosen = strategy(decoder)
+    chosen = strategy(decoder, limits)
     if chosen.name in OF_TEXT:
         raise StrategyError(f"{chosen.name} decodes text: choose a strategy for pictures, such as sjd")
     if chosen.name in NEEDS_DRAFTER and not has_drafter(pipe):
@@ -166,11 +189,11 @@ def asked(pipe: Any, subject: Any, decoder: Any, seed: Any, limits: Limits, **sa
     else:
         inputs = {"prompt": words("the prompt", subject, limits.prompt)}
     given = {name: value for name, value in sampling.items() if value is not None}
-    for name in ("guidance_scale", "temperature", "top_p"):
+    for name in ("guidance_scale", "temperature"):
         if name in given:
             given[name] = real(name, given[name])
     if "top_k" in given:
-        given["top_k"] = whole("top_k", given["top_k"], 0)
+        given["top_k"] = whole("top_k", given["top_k"], 0, 2**31 - 1)
     pipe.law_config(given)  # raises for what is out of range
     return Asked(inputs, chosen, whole("the seed", seed, 0, LARGEST_SEED), given)
 
@@ -195,9 +218,9 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         InputError: for anything else.
     """
     upper = f"..{most}" if most is not None else " or more"
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    good = _is_number(value) and value == int(value)
     if not good or value < least or (most is not None and value > most):
-        raise InputError(f"{name} must be a whole number, {least}{upper}, not {value!r}")
+        raise InputError(f"{name} must be a whole number, {least}{upper}, not {str(value)[:40]}")
     return int(value)
 
 
@@ -207,9 +230,15 @@ def real(name: str, value: Any) -> float:
     Raises:
         InputError: for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{name} must be a number, not {value!r}")
+    if not _is_number(value):
+        raise InputError(f"{name} must be a number, not {str(value)[:40]}")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def fresh_seed() -> int:

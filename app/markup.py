@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML and SVG. Whatever a user wrote is escaped here, and nowhere else."""
+"""Pieces of the page as HTML and SVG; :func:`text` escapes what a user wrote."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 // What the pointer says of a token: how it came about, and in which pass. Pictures carry their tokens in data-tokens.
 (() => {
-  const ways = [
-    "accepted guess", "resampled: the guess was refused", "the model's own, without a guess", "forced by the layout",
-    "taken by the relaxed rule",
-  ];
+  const ways = window.arsdWays;
   const parsed = new WeakMap();
   const read = (canvas) => {
     const text = canvas.dataset.tokens;

@@ -29,14 +29,12 @@ class Progress:
         outcomes: [M, N] :class:`arsd.decoding.Outcome` of each, or ``UNDECIDED``.
         passes: [M, N] the pass, from 0, that committed it.
         committed: of each picture, the tokens of each of its passes.
-        arms: the strategy of every pass, where a strategy chooses among several.
         forward_passes: of the call.
         seconds: of decoding so far: wall clock from the first pass on, less what drawing took.
 
     Args:
         pictures: M.
         num_tokens: N.
-        given: tokens that all pictures begin with.
     """
 
     def __init__(self, pictures: int, num_tokens: int) -> None:
@@ -44,7 +42,6 @@ class Progress:
         self.outcomes = np.full((pictures, num_tokens), UNDECIDED, dtype=np.int8)
         self.passes = np.zeros((pictures, num_tokens), dtype=np.int32)
         self.committed: list[list[int]] = [[] for _ in range(pictures)]
-        self.arms: list[str] = []
         self.forward_passes, self.aside = 0, 0.0
         self.began = time.perf_counter()
 
@@ -58,7 +55,6 @@ class Progress:
                 self.outcomes[picture, where] = outcome[row, :count]
                 self.passes[picture, where] = self.forward_passes
                 self.committed[picture].append(count)
-        self.arms.append(round.arm)
         self.forward_passes += 1
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arsd.app.cards import plain_of, race_card
-from arsd.app.drawing import Drawer, Drawn, png_of
+from arsd.app.drawing import Drawer, Drawn
 from arsd.app.knobs import Asked
 from arsd.app.service import Run, Service
 from arsd.devices import dtype_name
@@ -45,11 +45,13 @@ def race(service: Service, run: Run, asked: Asked) -> Iterator[Race]:
     def work(hear: Callable[[Race], None]) -> None:
         now = Race("preparing")
         hear(now)
-        sides = [Drawer(service.pipe, run, one) for one in (plain_of(asked), asked)]
+        sides = [Drawer(service, run, one) for one in (plain_of(asked), asked)]
         for side in sides:
             if not run.over():
                 side.warm_up()
         if run.over():
+            words = f"cut short ({run.reason}) before anything was drawn"
+            hear(Race("over", verdict=words, card={"race": {}, "verdict": words}))
             return
         plain = sides[0](lambda seen: hear(replace(now, stage="ar", plain=seen)))
         fast = None
@@ -67,12 +69,11 @@ def over(service: Service, asked: Asked, plain: Drawn, fast: Drawn | None) -> Ra
         verdict = f"cut short ({why}): there is nothing to compare"
         return Race("over", plain, fast, verdict, None, race_card(service, asked, plain, fast, verdict))
     assert plain.output is not None and fast.output is not None
-    pngs = [png_of(service.pipe, service.model, asked.seed, one) for one in (plain.output, fast.output)]
     tokens, others = plain.output.tokens[0], fast.output.tokens[0]
     apart = torch.nonzero(tokens != others)[:, 0].tolist()
     verdict = _words(service, asked, fast, apart, len(tokens))
     card = race_card(service, asked, plain, fast, verdict)
-    return Race("over", plain, fast, verdict, not apart, card, (pngs[0], pngs[1]))
+    return Race("over", plain, fast, verdict, not apart, card, (plain.pngs[0], fast.pngs[0]))
 
 
 def _words(service: Service, asked: Asked, fast: Drawn, apart: list[int], total: int) -> str:
@@ -89,7 +90,7 @@ def _words(service: Service, asked: Asked, fast: Drawn, apart: list[int], total:
         return f"{words}: another picture, of the same law, as this coupling promises"
     assert fast.output is not None
     kind = dtype_name(service.pipe)
-    found = service.pipe.verify(_opened(png_of(service.pipe, service.model, asked.seed, fast.output)))
+    found = service.pipe.verify(_opened(fast.pngs[0]))
     shape = f"passes of {fast.output.stats.pass_tokens} tokens"
     if found.result == VERIFIED:
         return f"{words}: {kind} rounds one-token passes otherwise; in {shape} it is plain AR's, verified"

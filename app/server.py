@@ -13,14 +13,19 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from arsd.app import api
-from arsd.app.service import Service
+from arsd.app.addresses import NoAddresses
+from arsd.app.service import Limits, Service
 from arsd.app.tabs import explore, frontier, race, verify, video
 from arsd.app.theme import head, theme
 from arsd.errors import InputError
 
-FORGET = (60, 600)  # every minute, files older than ten are deleted
+
+def forget(limits: Limits) -> tuple[int, int]:
+    """How often files are looked at, and at which age they are deleted (seconds): not while a run that needs them waits."""
+    return 60, max(600, int(limits.waiting_seconds) + 60)
 
 
 def build(service: Service, card: dict[str, Any] | None = None) -> gr.Blocks:
@@ -30,7 +35,7 @@ def build(service: Service, card: dict[str, Any] | None = None) -> gr.Blocks:
         service: models and limits.
         card: the evaluation card that the tab Frontier shows.
     """
-    with gr.Blocks(title="arsd", analytics_enabled=False, delete_cache=FORGET) as page:
+    with gr.Blocks(title="arsd", analytics_enabled=False, delete_cache=forget(service.limits)) as page:
         gr.Markdown(_title(service), elem_classes="arsd-title")
         with gr.Tabs():
             if service.pipe is not None:
@@ -81,32 +86,13 @@ def serve(
     Raises:
         InputError: when the port is taken, or what an MCP server needs is not installed.
     """
-    if port is not None:
-        _check_port(host, port)
+    _check_port(host, port)
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="arsd-app-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(service, card)
         try:
-            _, url, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                inbrowser=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                max_file_size=service.limits.upload,
-                mcp_server=mcp,
-                footer_links=["api"],
-                run_history=False,
-                enable_monitoring=False,
-                ssr_mode=False,
-                theme=theme(),
-                head=head(),
-            )
-            yield Served(url, page)
-        except ImportError as error:
-            raise InputError(f"an MCP server needs the package mcp: pip install 'arsd[app]' ({error})") from error
+            yield Served(_launch(page, service, host, port, mcp), page)
         finally:
             page.close(verbose=False)
             service.close()
@@ -116,12 +102,38 @@ def serve(
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _check_port(host: str, port: int) -> None:
-    if not 0 < port < 2**16:
+def _launch(page: gr.Blocks, service: Service, host: str, port: int | None, mcp: bool) -> str:
+    """Start the server; its address."""
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=service.limits.upload,
+            mcp_server=mcp,
+            footer_links=["api"],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            theme=theme(),
+            head=head(),
+            app_kwargs={"middleware": [Middleware(NoAddresses)]},
+        )
+    except ImportError as error:
+        raise InputError(f"an MCP server needs the package mcp: pip install 'arsd[app]' ({error})") from error
+    return str(url)
+
+
+def _check_port(host: str, port: int | None) -> None:
+    if port is not None and not 0 < port < 2**16:
         raise InputError(f"--port must lie in 1..65535, not {port}")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind((host, port or 0))
     except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from None
+        where = host if port is None else f"{host}:{port}"
+        raise InputError(f"cannot listen on {where} ({error.strerror or error}): choose another --host or --port") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +40,9 @@ class Limits:
         new_tokens: of one description.
         frames: of a clip that are shown to a model.
         clip_frames: of an animated picture that is uploaded.
-        pixels: of an uploaded picture or frame.
+        pixels: of an uploaded picture.
+        clip_pixels: of a frame of an uploaded clip (1920 x 1080 and a little more).
+        pass_tokens: of a strategy: window, guesses, columns of a tree, tokens of a pass.
     """
 
     seconds: float = 120.0
@@ -52,6 +54,13 @@ class Limits:
     frames: int = 128
     clip_frames: int = 2000
     pixels: int = 2**24
+    clip_pixels: int = 2**21
+    pass_tokens: int = 512
+
+    @property
+    def waiting_seconds(self) -> float:
+        """After which the last one in a full queue has been served."""
+        return (self.waiting + 1) * self.seconds
 
 
 class Run:
@@ -98,6 +107,7 @@ class Service:
         limits: of users.
         reload: loads the image pipeline once more, in another dtype; what it gave is remembered.
         parts: what else the image pipeline was loaded from, as arguments of ``AutoARPipeline.from_pretrained``.
+        plugins: modules that registered drafters or rules.
     """
 
     def __init__(
@@ -109,9 +119,10 @@ class Service:
         limits: Limits | None = None,
         reload: Callable[[torch.dtype], Any] | None = None,
         parts: Mapping[str, Any] | None = None,
+        plugins: Sequence[str] = (),
     ) -> None:
         self.pipe, self.video_llm, self.model, self.video_model = pipe, video_llm, model, video_model
-        self.limits, self.parts = limits or Limits(), dict(parts or {})
+        self.limits, self.parts, self.plugins = limits or Limits(), dict(parts or {}), list(plugins)
         self.reload = None if reload is None else lru_cache(maxsize=2)(reload)
         threads = torch.get_num_threads()
         self._worker = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
@@ -122,8 +133,9 @@ class Service:
         """A run that :meth:`stop` of its owner finds."""
         run = Run(self.limits.seconds)
         with self._guard:
-            kept = [one for one in self._runs.get(owner, ()) if not one.ended.is_set()]
-            self._runs[owner] = [*kept, run]
+            working = {name: [one for one in runs if not one.ended.is_set()] for name, runs in self._runs.items()}
+            self._runs = {name: runs for name, runs in working.items() if runs}
+            self._runs.setdefault(owner, []).append(run)
         return run
 
     def stop(self, owner: str, wait: float = 0.0) -> int:
@@ -157,7 +169,8 @@ class Service:
             finally:
                 run.ended.set()
 
-        self._worker.submit(body)
+        future = self._worker.submit(body)
+        future.add_done_callback(lambda done: heard.put(("end", None)) if done.cancelled() else None)  # see close()
         try:
             while True:
                 kind, item = heard.get()

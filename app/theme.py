@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gradio as gr
+
+from arsd.app.progress import NAMES
+from arsd.decoding import Outcome
 
 _here = Path(__file__).resolve().parent
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -34,4 +38,5 @@ def theme() -> gr.themes.Base:
 def head() -> str:
     """Style sheet and script. Both go into the head: what Gradio takes as ``css`` it confines to its container."""
     style, script = (((_here / name).read_text(encoding="utf-8")) for name in ("style.css", "page.js"))
-    return f"<style>{style}</style><script>{script}</script>"
+    ways = json.dumps([NAMES[kind] for kind in sorted(Outcome)])
+    return f"<style>{style}</style><script>window.arsdWays = {ways};\n{script}</script>"

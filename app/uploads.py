@@ -10,6 +10,7 @@ from arsd.app.service import Limits
 from arsd.errors import InputError
 from arsd.video import PICTURES
 
+MP4, MATROSKA = (b"ftyp", b"moov", b"mdat", b"free", b"wide"), b"\x1a\x45\xdf\xa3"
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 CLIPS = (*(suffix for suffix in PICTURES if suffix not in (".jpg", ".jpeg", ".bmp")), *VIDEOS)
 
@@ -24,7 +25,7 @@ def checked_picture(path: object, limits: Limits) -> Path:
     width, height, form, _ = _header(file)
     if form != "PNG":
         raise InputError(f"{file.name} is a {form or 'file'}, no PNG: only PNG files carry an arsd record")
-    _bearable(file, width * height, limits)
+    _bearable(file, width * height, limits.pixels)
     return file
 
 
@@ -39,11 +40,13 @@ def checked_clip(path: object, limits: Limits) -> Path:
         raise InputError(f"{file.name} is no clip that can be read: give one of {', '.join(CLIPS)}")
     if file.suffix.lower() in PICTURES:
         width, height, _, frames = _header(file)
-        _bearable(file, width * height, limits)
+        _bearable(file, width * height, limits.clip_pixels)
         if frames > limits.clip_frames:
             raise InputError(f"{file.name} has {frames} frames: at most {limits.clip_frames} are taken")
+    elif not _looks_like_video(file):
+        raise InputError(f"{file.name} is no video: its content is not that of mp4, mov, webm, mkv or avi")
     else:
-        _bearable(file, _video_pixels(file), limits)
+        _bearable(file, _video_pixels(file), limits.clip_pixels)
     return file
 
 
@@ -62,7 +65,7 @@ def _file(path: object, wanted: str, limits: Limits) -> Path:
 def _header(file: Path) -> tuple[int, int, str, int]:
     """Width, height, format and number of frames."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("PNG", "GIF", "WEBP", "JPEG")) as image:  # no format that starts other programs
             return *image.size, image.format or "", int(getattr(image, "n_frames", 1))
     except Exception as error:  # Pillow's plugins raise what they like
         raise InputError(f"{file.name} cannot be read as a picture: is it one, and complete?") from error
@@ -80,6 +83,13 @@ def _video_pixels(file: Path) -> int:
         return 0
 
 
-def _bearable(file: Path, pixels: int, limits: Limits) -> None:
-    if pixels > limits.pixels:
-        raise InputError(f"{file.name} has {pixels} pixels: at most {limits.pixels} are taken")
+def _looks_like_video(file: Path) -> bool:
+    """By its first bytes: a text file may name other files for FFmpeg to open."""
+    with file.open("rb") as content:
+        first = content.read(12)
+    return first[4:8] in MP4 or first[:4] == MATROSKA or (first[:4], first[8:12]) == (b"RIFF", b"AVI ")
+
+
+def _bearable(file: Path, pixels: int, most: int) -> None:
+    if pixels > most:
+        raise InputError(f"{file.name} has {pixels} pixels: at most {most} are taken")

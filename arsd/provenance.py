@@ -146,8 +146,9 @@ def picture_entry(result: Any, i: int) -> dict[str, Any]:
 
 
 def slug(prompt: str) -> str:
-    """A file name for a prompt: letters, digits and dashes, at most 60."""
-    return re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60] or "picture"
+    """A file name for a prompt: letters, digits and dashes, at most 60 (and 160 bytes: file systems count those)."""
+    name = re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.UNICODE).strip("-")[:60]
+    return name.encode()[:160].decode(errors="ignore") or "picture"
 
 
 def _drafter_that_matters(pipe: Any, decoder: Any) -> str | None:

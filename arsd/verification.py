@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arsd.decoding import CounterNoise, DecodeRequest, LawConfig, Laws, decode
 from arsd.decoding.replay import Replay
+from arsd.decoding.types import OnRound
 from arsd.devices import dtype_name, in_use
 from arsd.errors import ArsdError
 from arsd.provenance import read_record, tokens_sha256, unpack_tokens
@@ -78,12 +79,13 @@ class _Case:
     law: LawConfig
 
 
-def verify_pictures(pipe: Any, sources: Sequence[Any]) -> list[Verification]:
+def verify_pictures(pipe: Any, sources: Sequence[Any], on_round: OnRound | None = None) -> list[Verification]:
     """Verify pictures with a pipeline; those of one pass shape share their passes.
 
     Args:
         pipe: an image pipeline.
         sources: paths or PIL images that carry their record (opened from a PNG that arsd wrote).
+        on_round: hears of every pass, as that of a call; ``True`` gives up, and what was not judged yet is ``unknown``.
     """
     results: list[Verification | None] = [None] * len(sources)
     groups: dict[tuple[Any, ...], list[_Case]] = defaultdict(list)
@@ -99,7 +101,7 @@ def verify_pictures(pipe: Any, sources: Sequence[Any]) -> list[Verification]:
     for (batch, pass_tokens, law, *_), cases in groups.items():
         for first in range(0, len(cases), batch):
             part = cases[first : first + batch]
-            for case, result in zip(part, _judged(pipe, part, batch, pass_tokens, law), strict=True):
+            for case, result in zip(part, _judged(pipe, part, batch, pass_tokens, law, on_round), strict=True):
                 source = sources[case.index]
                 result.path = str(source if isinstance(source, (str, Path)) else getattr(source, "filename", ""))
                 results[case.index] = result
@@ -163,17 +165,21 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     return _Case(index, image, record, tokens, law)
 
 
-def _judged(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig) -> list[Verification]:
+def _judged(
+    pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig, on_round: OnRound | None
+) -> list[Verification]:
     """:func:`_judge`, where no record may speak for the others, nor stop them."""
     try:
-        return _judge(pipe, cases, batch, pass_tokens, law)
+        return _judge(pipe, cases, batch, pass_tokens, law, on_round)
     except Exception as error:  # whatever a made-up record leads to: numbers that overflow, shapes without memory
         if len(cases) > 1:
-            return [result for case in cases for result in _judged(pipe, [case], batch, pass_tokens, law)]
+            return [result for case in cases for result in _judged(pipe, [case], batch, pass_tokens, law, on_round)]
         return [Verification("", UNKNOWN, f"its record cannot be followed ({type(error).__name__})")]
 
 
-def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig) -> list[Verification]:
+def _judge(
+    pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: LawConfig, on_round: OnRound | None = None
+) -> list[Verification]:
     """Teacher-force up to ``batch`` pictures of one shape in the rows of one batch, and compare their pixels."""
     dtype = dtype_name(pipe)
     filled = cases + [cases[0]] * (batch - len(cases))  # the pass keeps its shape
@@ -181,7 +187,7 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
         conditions = pipe.conditions_of([case.record for case in filled], law.guidance_scale != 1)
     except ArsdError as error:
         if len(cases) > 1:  # one record must not speak for the others
-            return [result for case in cases for result in _judge(pipe, [case], batch, pass_tokens, law)]
+            return [result for case in cases for result in _judge(pipe, [case], batch, pass_tokens, law, on_round)]
         return [Verification("", REFUTED, f"its prompt cannot have made it: {error}")]
     device, raster = conditions.condition.device, conditions.raster
     noise = CounterNoise([c.record["noise_seed"] for c in filled], [c.record["image_index"] for c in filled], device)
@@ -191,8 +197,10 @@ def _judge(pipe: Any, cases: list[_Case], batch: int, pass_tokens: int, law: Law
     grammar = pipe.make_grammar(raster)
     with in_use(pipe.transformer):
         target = pipe.target_maker(conditions)(pass_tokens, batch)
-        request = DecodeRequest(raster.num_tokens, given=conditions.given)
+        request = DecodeRequest(raster.num_tokens, given=conditions.given, on_round=on_round)
         stats = decode(target, replay.parts(pass_tokens), Laws(law, grammar), noise, request, batch).stats
+    if min(stats.tokens) < raster.num_tokens - first:
+        return [Verification("", UNKNOWN, "it was stopped before all of it was recomputed") for _ in cases]
     probe = pipe.arithmetic_probe(batch, pass_tokens, law.guidance_scale != 1)
     passes = stats.forward_passes + stats.prefill_passes
     decoded = (pipe.decode_pixels(replay.tokens[: len(cases)], raster).float().clamp(-1, 1) + 1) / 2

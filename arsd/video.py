@@ -21,7 +21,11 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 
 
 def read_video(
-    source: Any, num_frames: int | None = None, fps: float | None = None, source_fps: float | None = None
+    source: Any,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+    on_frame: Callable[[], Any] | None = None,
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Frames of a clip and what transformers' video processors want to know of it.
 
@@ -38,6 +42,7 @@ def read_video(
         num_frames: how many frames to keep at most; ``None``: all.
         fps: how many frames to keep of each second; with ``num_frames`` no more than those in all.
         source_fps: frames per second of a folder or of frames in memory, which tell none.
+        on_frame: called for every frame that is decoded, kept or not; what it raises ends the reading.
 
     Returns:
         uint8 [T, H, W, 3] and ``transformers.video_utils.VideoMetadata``, which has the rate (``None`` where it is not
@@ -57,7 +62,8 @@ def read_video(
             return _of_pictures(_folder(path), source_fps, pick, "folder")
         if not path.is_file():
             raise InputError(f"there is no file {path}: give a video, an animated picture or a folder of pictures")
-        return _animation(path, pick) if path.suffix.lower() in PICTURES else _video(path, pick)
+        seen = on_frame or (lambda: None)
+        return _animation(path, pick, seen) if path.suffix.lower() in PICTURES else _video(path, pick, seen)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _of_array(source, source_fps, pick)
     if isinstance(source, Sequence) and source and all(isinstance(x, Image.Image) for x in source):
@@ -172,19 +178,21 @@ def _line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------- animations
 
 
-def _animation(path: Path, pick: Pick) -> Any:
+def _animation(path: Path, pick: Pick, seen: Callable[[], Any]) -> Any:
     """Pictures that Pillow reads, one at a time; a still picture is a clip of one frame."""
     try:
         with Image.open(path) as picture:
             milliseconds = []
             for frame in ImageSequence.Iterator(picture):
                 frame.load()
+                seen()
                 milliseconds.append(float(frame.info.get("duration") or 100))  # browsers show frames of no duration so long
             total, rate = len(milliseconds), 1000 * len(milliseconds) / sum(milliseconds)
             kept = pick(total, rate)
             frames = []
             for i in kept:
                 picture.seek(i)
+                seen()
                 frames.append(_rgb(picture))
             backend = (picture.format or "pillow").lower()
     except InputError:
@@ -197,7 +205,7 @@ def _animation(path: Path, pick: Pick) -> Any:
 # --------------------------------------------------------------------------------------------------------------- videos
 
 
-def _video(path: Path, pick: Pick) -> Any:
+def _video(path: Path, pick: Pick, seen: Callable[[], Any]) -> Any:
     try:
         import av
     except ImportError:
@@ -211,7 +219,7 @@ def _video(path: Path, pick: Pick) -> Any:
             times, starts = _index(path, container, stream)
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             kept = pick(len(times), float(rate))
-            frames = [_upright(frame) for frame in _decoded(container, stream, times, starts, kept)]
+            frames = [_upright(frame) for frame in _decoded(container, stream, times, starts, kept, seen)]
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be read as a video ({error.strerror}): is it one, and complete?") from None
     if len(frames) < len(kept):
@@ -250,7 +258,9 @@ def _index(path: Path, container: Any, stream: Any) -> tuple[list[int | None], l
     return [time for time, _ in shown], [number for number, (_, key) in enumerate(shown) if key]
 
 
-def _decoded(container: Any, stream: Any, times: list[int | None], starts: list[int], kept: list[int]) -> Iterator[Any]:
+def _decoded(
+    container: Any, stream: Any, times: list[int | None], starts: list[int], kept: list[int], seen: Callable[[], Any]
+) -> Iterator[Any]:
     """The frames ``kept``; jumps ahead where a key frame lies between the last one read and the next."""
     numbers = {time: i for i, time in enumerate(times)} if times[0] is not None else {}
     at, frames = -1, container.decode(stream)
@@ -261,6 +271,7 @@ def _decoded(container: Any, stream: Any, times: list[int | None], starts: list[
             frames = container.decode(stream)
         for frame in frames:
             at = numbers.get(frame.pts, at + 1)
+            seen()
             if at >= wanted:
                 break
         if at == wanted:

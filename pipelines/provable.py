@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from arsd.decoding.types import OnRound
 from arsd.devices import in_use
 from arsd.models.raster import Raster
 from arsd.pipelines.outputs import ARPipelineOutput, Conditions, to_output
@@ -78,11 +79,12 @@ class Provable:
 
         return make_record(self, output, index)
 
-    def verify(self, images: Any) -> Any:
+    def verify(self, images: Any, on_round: OnRound | None = None) -> Any:
         """Whether pictures are the plain AR samples of their seeds: see :mod:`arsd.verification`.
 
         Args:
             images: a path or a PIL image opened from a PNG that arsd wrote, or a list of them.
+            on_round: hears of every pass; ``True`` gives up.
 
         Returns:
             A :class:`arsd.verification.Verification`, or a list of them.
@@ -90,8 +92,8 @@ class Provable:
         from arsd.verification import verify_pictures
 
         if isinstance(images, Sequence) and not isinstance(images, str):
-            return verify_pictures(self, images)
-        return verify_pictures(self, [images])[0]
+            return verify_pictures(self, images, on_round)
+        return verify_pictures(self, [images], on_round)[0]
 
     def remember_sources(self, *sources: str | Path, parts: Mapping[str, Any]) -> None:
         """What the model is made of: files or folders, and components that were given as objects."""

@@ -185,6 +185,7 @@ class VideoLLMPipeline:
         stream: Callable[[str], Any] | None = None,
         system: str | None = None,
         on_round: OnRound | None = None,
+        on_frame: Callable[[], Any] | None = None,
         **generate_kwargs: Any,
     ) -> VideoLLMOutput:
         """Answer a question about a clip, or several in one batch.
@@ -209,6 +210,7 @@ class VideoLLMPipeline:
             system: a system message before the question.
             on_round: called (untimed) with the :class:`arsd.decoding.Round` of each pass; ``True`` stops the call,
                 which returns the text so far.
+            on_frame: called for every frame of a file that is decoded; what it raises ends the call.
             generate_kwargs: further options of ``model.generate``, as far as :func:`arsd.generate_fn` supports them.
 
         Returns:
@@ -227,7 +229,7 @@ class VideoLLMPipeline:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         options = checked_options(generator, do_sample, generate_kwargs, **given)
         strategy = _strategy(decoder, self.decoder)
-        inputs, frames, batch = self._prompt(video, question, (num_frames, fps, source_fps), system)
+        inputs, frames, batch = self._prompt(video, question, (num_frames, fps, source_fps), system, on_frame)
         return self._run(_Call(inputs, frames, batch, strategy, options, streamer, began, on_round))
 
     def stream(
@@ -268,7 +270,7 @@ class VideoLLMPipeline:
         return _heard(Thread(target=work, daemon=True), heard, closed)
 
     def _prompt(
-        self, video: Any, question: Any, sampling: tuple[Any, Any, Any], system: Any
+        self, video: Any, question: Any, sampling: tuple[Any, Any, Any], system: Any, on_frame: Callable[[], Any] | None
     ) -> tuple[dict[str, Any], list[int], bool]:
         """(inputs of the model, frames of each row, whether it is a batch)."""
         check_sampling(*sampling)
@@ -284,13 +286,13 @@ class VideoLLMPipeline:
         rows = max(len(clips), len(questions))
         if len(clips) not in (1, rows) or len(questions) not in (1, rows):
             raise InputError(f"{len(clips)} clips and {len(questions)} questions: give one question for all or one for each")
-        read = [self._read(clip, *sampling) for clip in clips]
+        read = [self._read(clip, *sampling, on_frame) for clip in clips]
         asked = list(zip(read * (rows // len(read)), questions * (rows // len(questions)), strict=True))
         inputs = self._processed([(frames, _copied(told), text) for (frames, told), text in asked], system)
         return inputs, [len(frames) for (frames, _), _ in asked], batch
 
     def _read(
-        self, clip: Any, num_frames: int | None, fps: float | None, source_fps: float | None
+        self, clip: Any, num_frames: int | None, fps: float | None, source_fps: float | None, on_frame: Any
     ) -> tuple[np.ndarray, VideoMetadata]:
         """Frames of a clip, as many as asked for or as the processor says that the model is used to."""
         own, least = self.processor.video_processor, 1
@@ -300,9 +302,9 @@ class VideoLLMPipeline:
                 num_frames = DEFAULT_FRAMES if fps is None else getattr(own, "max_frames", None)
             fps = None if Path(clip).is_dir() and source_fps is None else fps
             least = getattr(own, "min_frames", None) or 1
-        frames, told = read_video(clip, num_frames, fps, source_fps)
+        frames, told = read_video(clip, num_frames, fps, source_fps, on_frame)
         if len(frames) < least and len(frames) < told.total_num_frames:
-            frames, told = read_video(clip, least, None, source_fps)
+            frames, told = read_video(clip, least, None, source_fps, on_frame)
         short = (getattr(own, "temporal_patch_size", None) or 1) - len(frames)
         if short > 0:  # Qwen looks at pairs of frames
             frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])

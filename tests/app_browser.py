@@ -41,6 +41,19 @@ LAST = {
     "Video": "of it for the prompt",
 }
 LAST |= {"Verify": "^(verified|refuted|unknown)"}
+WORDS = "Strategy in words (this is what runs)"
+SIZES = """(all) => Promise.all(all.map(async (one) => {
+  await one.decode().catch(() => {});
+  return [one.naturalWidth, one.naturalHeight];
+}))"""
+SAID = """() => {
+  window.said = [];
+  setInterval(() => {
+    const words = document.querySelector('.arsd-said').textContent;
+    if (words !== window.said.at(-1)) window.said.push(words);
+  }, 20);
+}"""
+BYTES = "async (one) => Array.from(new Uint8Array(await (await fetch(one.src)).arrayBuffer()))"
 BUTTONS = {"Race": "Race", "Explore": "Draw", "Video": "Describe", "Verify": "Verify"}
 
 
@@ -93,6 +106,12 @@ def launched() -> Iterator[Browser]:
         chromium.close()
 
 
+def loaded(images: Locator) -> list[tuple[int, int]]:
+    """Widths and heights of pictures, as they are in their files; 0 for what cannot be shown."""
+    expect(images.first).to_be_visible()
+    return [(width, height) for width, height in images.evaluate_all(SIZES)]
+
+
 class Visit:
     """A window of its own on the app.
 
@@ -108,7 +127,8 @@ class Visit:
     """
 
     def __init__(self, chromium: Browser, url: str, phone: bool = False, dark: bool = False) -> None:
-        self.url, self.troubles = url, list[str]()
+        self.url = url
+        self.troubles: list[str] = []
         self.window = chromium.new_context(**(PHONE if phone else DESKTOP))
         self.window.add_init_script(WATCH)
         self.window.on("request", self._asked)
@@ -165,6 +185,49 @@ class Visit:
         self.press(BUTTONS[tab])
         return self.ended(tab)
 
+    def draw_pictures(self, count: int) -> None:
+        """Set how many pictures Explore, which is open, draws."""
+        self.panel.get_by_label("number input for Pictures").fill(str(count))
+
+    def occupy(self) -> None:
+        """Have the model draw for a long time."""
+        self.tab("Explore").get_by_label(WORDS).fill("ar")
+        self.draw_pictures(16)
+        self.press("Draw")
+        expect(self.notice).to_contain_text("of 4096 tokens", timeout=RUN * 1000)
+
+    def save(self, folder: Path) -> Path:
+        """Draw a picture in Explore, and save it by its link."""
+        self.tab("Explore")
+        self.draw_pictures(1)
+        self.run("Explore")
+        with self.page.expect_download() as download:
+            self.panel.locator(".arsd-save").click()
+        path = folder / download.value.suggested_filename
+        download.value.save_as(path)
+        return path
+
+    def give(self, path: Path) -> None:
+        """Give the open tab a file, in place of the one that it has."""
+        clear = self.panel.locator(".icon-button-wrapper").get_by_label("Clear", exact=True)
+        if clear.is_visible():
+            clear.click()
+        field = self.panel.locator("input[type=file]")
+        field.wait_for(state="attached")
+        self.notice.evaluate("line => { line.dataset.old = 1; }")
+        field.set_input_files(path)
+
+    def figures(self, side: int) -> dict[str, str]:
+        """The counters of one side of a race."""
+        pane = self.panel.locator(".arsd-pane").nth(side)
+        return dict(zip(pane.locator("dt").all_inner_texts(), pane.locator("dd").all_inner_texts(), strict=True))
+
+    def pictures(self) -> list[list[int]]:
+        """The bytes of all pictures of a race: both sides, and both files of the slider."""
+        images = self.panel.locator(".arsd-pane .arsd-frame, .arsd-slider img")
+        expect(images).to_have_count(4)
+        return [images.nth(i).evaluate(BYTES) for i in range(4)]
+
     def moved(self) -> float:
         """How far things moved by themselves since the tab was opened: cumulative layout shift."""
         self.page.wait_for_timeout(300)  # what the last lines moved is reported a little later
@@ -185,6 +248,14 @@ class Visit:
         expect(toasts).to_have_count(0)
         return words
 
+    def listen(self) -> None:
+        """Keep in ``window.said`` whatever the answer of the tab Video is from now on."""
+        self.page.evaluate(SAID)
+
+    def fits(self) -> bool:
+        """Whether nothing is wider than a phone; the window itself would grow with what is."""
+        return bool(self.page.evaluate("document.scrollingElement.scrollWidth") <= PHONE["viewport"]["width"] + 1)
+
     def opacity(self, selector: str) -> float:
         """Of the first element that is found anywhere on the page."""
         return float(self.page.evaluate("one => getComputedStyle(document.querySelector(one)).opacity", selector))
@@ -201,4 +272,5 @@ class Visit:
         self.page.wait_for_timeout(500)
         image = Image.open(io.BytesIO(self.page.screenshot(full_page=True))).convert("RGB")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        image.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
+        few = image.quantize(256, Image.Quantize.MAXCOVERAGE, 3, dither=Image.Dither.NONE)  # keeps the colours of tokens
+        few.save(Path(folder) / f"{name}.png", optimize=True)

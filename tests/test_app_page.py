@@ -109,9 +109,8 @@ def test_the_tokens_of_a_canvas_can_be_read_by_the_page():
     fragment = Canvas("data:,", "", "", 2, 1, [0, 4], [0, 7]).html("x")
     numbers = json.loads(html.unescape(re.search('data-tokens="([^"]*)"', fragment)[1]))
     assert numbers == {"columns": 2, "kinds": [0, 4], "when": [0, 7]}
-    ways = re.search(r"const ways = \[(.*?)\]", head(), re.DOTALL)[1].strip().rstrip(",").split('",')
-    words = [way.strip().strip('"') for way in ways]
-    assert [words[kind] for kind in Outcome] == [NAMES[kind] for kind in Outcome], "script and page say the same"
+    ways = json.loads(re.search(r"window.arsdWays = (\[.*?\]);", head())[1])
+    assert [ways[kind] for kind in Outcome] == [NAMES[kind] for kind in Outcome], "script and page say the same"
 
 
 def test_every_way_a_token_may_come_has_a_name_a_colour_and_a_class():
@@ -173,7 +172,7 @@ def test_progress_keeps_how_and_when_each_token_came():
     assert progress.tokens.tolist() == [[5, 6, 3, 4], [8, 0, 0, 0], [2, 2, 2, 0]]
     assert progress.outcomes.tolist() == [[0, 1, 2, 3], [4, -1, -1, -1], [0, 0, 1, -1]]
     assert progress.passes.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]
-    assert progress.committed == [[2, 2], [1], [3]] and progress.arms == ["", "std"]
+    assert progress.committed == [[2, 2], [1], [3]]
     assert (progress.done, progress.total, progress.forward_passes, progress.tokens_per_pass) == (8, 12, 2, 2.0)
     assert progress.counts(1) == {NAMES[Outcome.RELAXED]: 1}
 
@@ -214,9 +213,10 @@ def test_the_shipped_model_has_the_frontier_that_was_measured():
     assert frontier.band(card, frontier.qualities(card)[0]) is not None
 
 
-@pytest.mark.parametrize(
-    "content", ["no json", "[]", '{"rows": [{}]}', '{"rows": [{"decoder": 3, "tokens per pass": 1.0}]}']
-)
+NO_CARDS = ["no json", "[]", '{"rows": [{}]}', '{"rows": [{"decoder": "ar", "tokens per pass": 1.0}]}']
+
+
+@pytest.mark.parametrize("content", [*NO_CARDS, '{"rows": [{"decoder": 3, "tokens per pass": 1.0}]}'])
 def test_a_file_that_is_no_card_is_one_line(tmp_path, content):
     (tmp_path / "card.json").write_text(content)
     with pytest.raises(DataError) as caught:
@@ -248,14 +248,14 @@ def here(tmp_path, monkeypatch):
 def test_the_code_of_a_card_draws_the_same_tokens(service, here, pictures, options, capsys):
     wanted = asked(service.pipe, PROMPT, "sjd:window=5", 11, service.limits, **options)
     run = service.new_run()
-    drawn = list(service.stream(run, Drawer(service.pipe, run, wanted, pictures)))[-1]
+    drawn = list(service.stream(run, Drawer(service, run, wanted, pictures)))[-1]
     card = json.loads(json.dumps(cards.picture_card(service, wanted, drawn)))
     hashes = [tokens_sha256(row) for row in drawn.output.tokens]
     assert [one["tokens_sha256"] for one in card["images"]] == hashes and card["seeds"] == [11, 12, 13][:pictures]
-    exec(compile(cards.picture_python(service, wanted, pictures), "card", "exec"), {})
+    exec(compile(cards.picture_python(service, wanted, drawn.output), "card", "exec"), {})
     assert [read_png(f"red-apple-seed{11 + i}.png")["tokens_sha256"] for i in range(pictures)] == hashes
-    for words in commands(cards.picture_command(service, wanted, pictures)):
-        assert main([*words, "--out", "again"]) == 0
+    for words in commands(cards.picture_command(service, wanted, drawn.output)):
+        assert main([words[0], "--out", "again", *words[1:]]) == 0
     assert [read_png(f"again/red-apple-seed{11 + i}-0.png")["tokens_sha256"] for i in range(pictures)] == hashes
 
 
@@ -269,24 +269,57 @@ def commands(text: str) -> list[list[str]]:
 
 def test_hostile_prompts_stay_prompts_in_the_code_of_a_card(service, here):
     prompt = 'red apple\'; import os; "$(touch hacked)" `touch hacked`'
-    wanted = asked(service.pipe, prompt, "sjd:window=5", 1, service.limits)
-    code, command = cards.picture_python(service, wanted), cards.picture_command(service, wanted)
-    assert repr(prompt) in code and shlex.split(command)[2] == prompt
+    wanted, output = made(service, prompt)
+    code, command = cards.picture_python(service, wanted, output), cards.picture_command(service, wanted, output)
+    assert repr(prompt) in code and shlex.split(command)[-1] == prompt
     compile(code, "card", "exec")
 
 
+@pytest.mark.parametrize("prompt", ["-x", "--json", "--help"])
+def test_prompts_that_look_like_options_are_prompts(service, here, prompt):
+    from arsd.cli import build_parser
+
+    (words,) = commands(cards.picture_command(service, *made(service, prompt)))
+    assert build_parser().parse_args(words).prompt == [prompt]
+    question = shlex.split(cards.text_command(service, "a.gif", prompt, strategy("ar"), {}))
+    assert build_parser().parse_args(question[1:]).question == prompt
+
+
+def made(service, subject=PROMPT, decoder="sjd:window=5", pictures=1):
+    """What was asked for and what came of it."""
+    wanted, run = asked(service.pipe, subject, decoder, 1, service.limits), service.new_run()
+    return wanted, list(service.stream(run, Drawer(service, run, wanted, pictures)))[-1].output
+
+
+def test_the_window_that_auto_took_is_written_out(service, here):
+    wanted, output = made(service, decoder="sjd:coupling=maximal", pictures=3)
+    for made_of in (cards.picture_python, cards.picture_command):
+        assert f"window={output.stats.pass_tokens}" in made_of(service, wanted, output).replace("'", "")
+
+
+def test_what_a_model_was_loaded_from_is_part_of_every_command(service, here, monkeypatch):
+    monkeypatch.setattr(service, "parts", {"vq": "a b.pt", "image_size": 384})
+    monkeypatch.setattr(service, "plugins", ["my.py"])
+    wanted, output = made(service)
+    code = cards.picture_python(service, wanted, output)
+    assert "vq='a b.pt', image_size=384" in code and "import_plugin('my.py')" in code
+    for command in (cards.picture_command(service, wanted, output), cards.verify_command("a.png", service)):
+        assert "--vq 'a b.pt' --image-size 384" in command
+    assert "--import my.py" in cards.picture_command(service, wanted, output)
+
+
 def test_a_comparing_card_compares(service, here, capsys):
-    wanted = asked(service.pipe, PROMPT, "sjd:window=5", 1, service.limits)
-    exec(compile(cards.picture_python(service, wanted, compare=True), "card", "exec"), {})
+    wanted, output = made(service)
+    exec(compile(cards.picture_python(service, wanted, output, compare=True), "card", "exec"), {})
     assert capsys.readouterr().out.strip().endswith("0 tokens differ")
-    assert "--compare" in cards.picture_command(service, wanted, compare=True)
+    assert "--compare" in cards.picture_command(service, wanted, output, compare=True)
 
 
 def test_cards_of_class_models_name_the_class(tmp_path, here):
     service = made_service(model_folder(tmp_path / "class", classes=True))
-    wanted = asked(service.pipe, 3, "sjd:window=5", 1, service.limits)
-    exec(compile(cards.picture_python(service, wanted), "card", "exec"), {})
-    (words,) = commands(cards.picture_command(service, wanted))
+    wanted, output = made(service, 3)
+    exec(compile(cards.picture_python(service, wanted, output), "card", "exec"), {})
+    (words,) = commands(cards.picture_command(service, wanted, output))
     assert main(words) == 0
     expected = tokens_sha256(service.pipe(class_labels=3, generator=seeded(1), decoder="ar", progress=False).tokens[0])
     assert read_png("3-seed1.png")["tokens_sha256"] == read_png("outputs/3-seed1-0.png")["tokens_sha256"] == expected

@@ -61,7 +61,7 @@ def raced(service: Service, decoder: str = "sjd:window=4", seed: int = 3):
 
 def drawn(service: Service, decoder: str = "sjd:window=4", seed: int = 3, pictures: int = 1, run=None):
     run = run or service.new_run()
-    return list(service.stream(run, Drawer(service.pipe, run, wanted(service, decoder, seed), pictures)))
+    return list(service.stream(run, Drawer(service, run, wanted(service, decoder, seed), pictures)))
 
 
 def alone(service: Service, decoder: str, seed: int = 3) -> torch.Tensor:
@@ -323,7 +323,7 @@ def written(path, content: bytes):
 
 
 def test_uploads_of_every_bad_kind_are_refused_in_one_line(tmp_path):
-    limits = Limits(upload=200_000, pixels=10_000, clip_frames=3)
+    limits = Limits(upload=200_000, pixels=10_000, clip_pixels=10_000, clip_frames=3)
     wide, many, png = tmp_path / "wide.png", tmp_path / "many.gif", tmp_path / "jpeg.png"
     Image.new("RGB", (200, 200)).save(wide)
     frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
@@ -342,12 +342,16 @@ def test_uploads_of_every_bad_kind_are_refused_in_one_line(tmp_path):
         (checked_clip, written(tmp_path / "clip.gif", b"no clip"), "cannot be read as a picture"),
         (checked_clip, str(many), "4 frames"),
         (checked_clip, str(wide), "40000 pixels"),
+        (checked_clip, written(tmp_path / "list.avi", b"ffconcat version 1.0\nfile other.mp4"), "no video"),
+        (checked_clip, written(tmp_path / "post.gif", b"%!PS-Adobe-3.0 EPSF-3.0"), "cannot be read as a picture"),
     ]
     for look, path, says in bad:
         with pytest.raises(InputError) as caught:
             look(path, limits)
         one_clear_line(caught.value, says)
-    assert checked_clip(written(tmp_path / "clip.mp4", b"no clip"), limits).name == "clip.mp4", "reading it will say why"
+    assert checked_clip(written(tmp_path / "clip.mp4", b"\0\0\0\x18ftypmp42"), limits).name == "clip.mp4", (
+        "reading it will say why"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

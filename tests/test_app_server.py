@@ -194,6 +194,9 @@ BAD = [
     ("/generate", (PROMPT, SJD, 0, 1, -3), "guidance_scale"),
     ("/generate", (PROMPT, SJD, 0, 1, None, -1), "temperature"),
     ("/generate", (PROMPT, SJD, 0, 1, None, None, -2), "top_k"),
+    ("/generate", (PROMPT, SJD, 0, 1, None, None, 10**30), "top_k"),
+    ("/generate", (PROMPT, SJD, 10**400, 1), "the seed"),
+    ("/generate", (PROMPT, "sjd:window=1000000000", 0, 1), "window may be at most 512"),
     ("/compare", (PROMPT, "std", 0), "decodes text"),
     ("/compare", (" ", SJD, 0), "the prompt is empty"),
     ("/describe", ("clip", "", "ar", 4, 10), "the question is empty"),
@@ -238,6 +241,20 @@ def test_requests_that_go_past_the_queue_are_refused(world):
     data = {"data": [PROMPT, SJD, 3, 1, None, None, None]}
     answer = httpx.post(f"{world.url}gradio_api/run/generate", json=data, timeout=20)
     assert answer.status_code == 404 and "queue" in answer.text
+
+
+def test_addresses_in_the_place_of_files_are_not_fetched(world, client, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("gradio.processing_utils.save_url_to_cache", lambda url, *a: fetched.append(url))
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda url, *a: fetched.append(url))
+    far = {"path": "https://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
+    for endpoint, words in (("/verify", [far]), ("/generate", [far, SJD, 0, 1]), ("/describe", [far, "What?", "ar", 4, 10])):
+        with pytest.raises(Exception, match="400|uploaded") as caught:
+            client.predict(*words, api_name=endpoint)
+        assert "example.org" not in str(caught.value)
+    body = {"data": ["x" * 5_000_000]}
+    assert httpx.post(f"{world.url}gradio_api/queue/join", json=body, timeout=20).status_code == 413
+    assert not fetched and generated(client)[1]["images"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- MCP
@@ -294,6 +311,7 @@ def test_an_mcp_client_draws_a_picture(world):
         (("--card", "nowhere.json"), "cannot read nowhere.json"),
         (("--port", "70000"), "--port must lie in 1..65535"),
         (("--port", "taken"), "cannot listen on 127.0.0.1"),
+        (("--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
         (("--dtype", "float8"), "unknown dtype"),
         (("--model", "none"), "nothing to show without a model"),
         (("--model", "emoji-video-chat"), "emoji-video-chat"),

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_pipeline import seeded
 from video_llms import clip
 
-from arsd.app.server import FORGET
+from arsd.app.server import forget
 from arsd.app.service import STOPPED
 from arsd.provenance import save_png
 
@@ -75,7 +75,7 @@ def test_the_race_on_the_page(world):
     world.pause.seconds = 0.05
     steps = shown(handler(world, "race"), PROMPT, SJD, 3, True)
     seed, left, right, verdict, plot, slider, card, python, command = steps[-1]
-    assert seed == 3 and "identical" in verdict and "16 / 16" in left and "16 / 16" in right and len(steps) > 5
+    assert seed == 3 and "identical" in verdict and "16/16" in left and "16/16" in right and len(steps) > 5
     assert len(slider) == 2 and card["race"]["changed_tokens"] == 0 and "arsd generate" in command and "pipe(" in python
     assert plot.count("<path") == 2 and "data-tokens" in right
     assert not any(Path(name).exists() for name in slider), "what was shown is deleted"
@@ -98,7 +98,13 @@ def test_exploring_on_the_page(world):
 
 def test_describing_on_the_page(world, gif):
     status, answer, plot, card, python, command = shown(handler(world, "video"), gif, "What?", "std:budget=8", 4, 20)[-1]
-    assert "20 tokens in" in status and "arsd-o0" in answer and card["how"] and "arsd describe clip.gif" in command
+    assert (
+        "20 tokens in" in status
+        and "arsd-o0" in answer
+        and card["how"]
+        and command.startswith("arsd describe --question")
+        and command.endswith("-- clip.gif\n")
+    )
 
 
 def test_verifying_on_the_page(world, tmp_path):
@@ -106,7 +112,11 @@ def test_verifying_on_the_page(world, tmp_path):
     save_png(out.images[0], tmp_path / "a.png", world.service.pipe.record(out, 0))
     verdict, facts, command, card = shown(handler(world, "verify"), str(tmp_path / "a.png"))[-1]
     assert (
-        verdict.count("verified") and "good" in verdict and card["result"] == "verified" and "arsd verify a.png" in command
+        verdict.count("verified")
+        and "good" in verdict
+        and card["result"] == "verified"
+        and command.startswith("arsd verify")
+        and command.endswith("-- a.png\n")
     )
 
 
@@ -140,6 +150,6 @@ def test_mistakes_on_the_page_are_toasts_whose_text_is_no_html(world):
 
 def test_the_page_asks_nobody_and_keeps_nothing(world):
     assert world.page.analytics_enabled is False and world.page.share is False and world.page.run_history is False
-    assert world.page.delete_cache == FORGET and world.page.max_file_size == LIMITS.upload
+    assert world.page.delete_cache == forget(LIMITS) and world.page.max_file_size == LIMITS.upload
     assert world.page.local_url.startswith("http://127.0.0.1:")
     assert httpx.get(f"{world.url}config").json()["analytics_enabled"] is False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,12 +257,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypa
     path = tmp_path / "a.png"
     save_png(Image.new("RGB", (8, 8)), path, {"n": 1})
 
-    def half(self, target, **options):
-        with open(target, "wb") as stream:
-            stream.write(b"half a file")
+    def half(self, content):
+        with open(self, "wb") as stream:
+            stream.write(content[: len(content) // 2])
         raise failure
 
-    monkeypatch.setattr(Image.Image, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises((InputError, KeyboardInterrupt)) as error:
         save_png(Image.new("RGB", (8, 8)), path, {"n": 2}, overwrite=True)
     if isinstance(failure, OSError):

@@ -42,6 +42,7 @@ def halves():
     return [model_of(torch.bfloat16, seed, 768) for seed in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.7, "seed": 3}])
 def test_in_bfloat16_near_ties_are_counted_and_passes_of_one_token_give_plain_decoding(halves, options):
     """A margin that takes in every token leaves nothing of the wide passes: their entries are written anew, too."""
@@ -51,6 +52,7 @@ def test_in_bfloat16_near_ties_are_counted_and_passes_of_one_token_give_plain_de
     assert differences(halves, strategy, 1e9, **options)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_margin_decides_a_share_of_the_tokens_again(halves):
     """Entries before a near-tie still come from wide passes, so that a margin helps without being a promise."""
     found = [differences(halves, "std:budget=8,draft_length=5", margin) for margin in (None, 0.1, 1.0)]

@@ -113,6 +113,7 @@ def test_each_row_of_the_picture_is_predicted_from_its_own_slot():
         assert float(model.picture_loss(words, mask, predicted.flatten(1))) > 0
 
 
+@pytest.mark.slow
 def test_captions_learn_to_predict_their_pictures():
     """Of two pictures of one name only the mean can be predicted: half the variance stays, no matter how long."""
     left = {}

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from arsd.app.cards import picture_card, picture_command, picture_python
-from arsd.app.drawing import Drawer, Drawn, png_of
+from arsd.app.drawing import Drawer, Drawn
 from arsd.app.knobs import (
     COUPLINGS,
     KNOBS,
@@ -93,7 +93,7 @@ def build(service: Service) -> gr.Textbox:
         wanted = asked(service.pipe, subject, decoder, seed, service.limits, **options)
         drawing = service.new_run(owner_of(request, "explore"))
         try:
-            for drawn in service.stream(drawing, Drawer(service.pipe, drawing, wanted, count)):
+            for drawn in service.stream(drawing, Drawer(service, drawing, wanted, count)):
                 yield (seed, *seen(service, wanted, drawn))
         except ArsdError as error:
             yield (gr.skip(), notice(str(error), "bad"), *[gr.skip()] * (len(outputs) - 2))
@@ -106,7 +106,7 @@ def build(service: Service) -> gr.Textbox:
 
 def seen(service: Service, wanted: Asked, drawn: Drawn) -> list[Any]:
     """Pictures as the outputs behind the seed."""
-    figures = [_figure(service, wanted, drawn, i) for i in range(len(drawn.canvases))]
+    figures = [_figure(wanted, drawn, i) for i in range(len(drawn.canvases))]
     passes = max(map(len, drawn.committed))
     means = [
         sum(one[i] for one in drawn.committed if i < len(one)) / max(1, sum(i < len(one) for one in drawn.committed))
@@ -122,8 +122,8 @@ def seen(service: Service, wanted: Asked, drawn: Drawn) -> list[Any]:
         line += f"; changed tokens expected: {sum(changed) / len(changed):.1f} per picture"
     if drawn.stopped:
         line = f"stopped ({drawn.stopped}): {line}"
-    count = len(figures)
-    code = picture_python(service, wanted, count), picture_command(service, wanted, count)
+    line = "; ".join([line, *drawn.notes])
+    code = picture_python(service, wanted, drawn.output), picture_command(service, wanted, drawn.output)
     return [
         notice(line, "" if drawn.stopped else "good"),
         gallery(figures),
@@ -133,7 +133,7 @@ def seen(service: Service, wanted: Asked, drawn: Drawn) -> list[Any]:
     ]
 
 
-def _figure(service: Service, wanted: Asked, drawn: Drawn, i: int) -> str:
+def _figure(wanted: Asked, drawn: Drawn, i: int) -> str:
     seed, passes = wanted.seed + i, len(drawn.committed[i])
     caption = f"<b>seed {seed}</b> {passes} passes, {sum(drawn.committed[i]) / max(1, passes):.2f} tokens per pass"
     save = None
@@ -141,8 +141,8 @@ def _figure(service: Service, wanted: Asked, drawn: Drawn, i: int) -> str:
         changed = drawn.output.stats.expected_changed_tokens[i]
         caption += "" if wanted.decoder.lossless else f", {changed:.1f} changed expected"
         caption += f'<span class="arsd-faint">{text(counts_line(drawn.counts[i]))}</span>'
-        png = png_of(service.pipe, service.model, wanted.seed, drawn.output, i)
-        save = f"{slug(wanted.subject)}-seed{seed}.png", uri_of(png, "image/png")
+        if drawn.pngs:
+            save = f"{slug(wanted.subject)}-seed{seed}.png", uri_of(drawn.pngs[i], "image/png")
     return figure(drawn.canvases[i], f"{wanted.subject}, seed {seed}", caption, save)
 
 

@@ -82,7 +82,7 @@ def build(service: Service) -> None:
 
 
 def shown(service: Service, wanted: Asked, blank: Canvas, now: Race, folder: Path) -> list[Any]:
-    """A race as the outputs behind the seed; what does not change is skipped."""
+    """A race as the outputs behind the seed."""
     names = PLAIN, str(wanted.decoder)
     states = {"preparing": ("warming up", ""), "ar": ("drawing", "waits"), "decoder": ("done", "drawing"), "over": ("", "")}
     left, right = states[now.stage]
@@ -93,7 +93,7 @@ def shown(service: Service, wanted: Asked, blank: Canvas, now: Race, folder: Pat
     series = {name: one.committed[0] for name, one in zip(names, (now.plain, now.fast), strict=True) if one is not None}
     plot = lengths_plot(series, service.pipe.make_raster().num_tokens)
     if now.stage != "over":
-        words = {"preparing": "Warming up both sides, so that neither pays for it.", "ar": "Plain AR draws.", "decoder": ""}
+        words = {"preparing": "Warming up both sides, so that neither pays for it.", "ar": "Plain AR draws."}
         words["decoder"] = f"{names[1]} draws the same seed."
         slider = None if now.stage == "preparing" else gr.skip()
         return [*sides, notice(words[now.stage]), plot, slider, *[gr.skip()] * 3]
@@ -107,8 +107,11 @@ def shown(service: Service, wanted: Asked, blank: Canvas, now: Race, folder: Pat
         slider = tuple(str(file) for file in files)
     relaxed = not wanted.decoder.lossless
     kind = "good" if now.same else "" if relaxed or now.same is None else "note"
-    code = picture_python(service, wanted, compare=True), picture_command(service, wanted, compare=True)
-    return [*sides, notice(f"{now.verdict}{faster(now)}", kind), plot, slider, now.card, *code]
+    code: tuple[Any, ...] = (gr.skip(), gr.skip())
+    if now.fast is not None and now.fast.output is not None:
+        code = tuple(make(service, wanted, now.fast.output, compare=True) for make in (picture_python, picture_command))
+    notes = "; ".join(["", *(now.plain.notes if now.plain is not None else [])])
+    return [*sides, notice(f"{now.verdict}{faster(now)}{notes}", kind), plot, slider, now.card, *code]
 
 
 def faster(now: Race) -> str:
@@ -125,6 +128,6 @@ def side(drawn: Drawn | None, blank: Canvas, title: str, promise: str, state: st
         numbers = {"passes": "0", "tokens per pass": "\N{EN DASH}", "seconds": "0.00", "tokens": "0"}
         return pane(title, promise, blank.html(title), numbers, state)
     numbers = {"passes": str(drawn.forward_passes), "tokens per pass": f"{drawn.tokens_per_pass:.2f}"}
-    numbers |= {"seconds": f"{drawn.seconds:.2f}", "tokens": f"{drawn.done} / {drawn.total}"}
+    numbers |= {"seconds": f"{drawn.seconds:.2f}", "tokens": f"{drawn.done}/{drawn.total}"}
     state = f"stopped: {drawn.stopped}" if drawn.stopped else counts_line(drawn.counts[0]) if drawn.finished else state
     return pane(title, promise, drawn.canvases[0].html(title), numbers, state)

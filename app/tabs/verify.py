@@ -42,7 +42,7 @@ def build(service: Service) -> None:
         yield notice("Recomputing."), gr.skip(), gr.skip(), gr.skip()
         found = check(service, service.new_run(owner_of(request, "verify")), picture)
         line = f"{found['result']}: {found['reason']}"
-        code = verify_command([picture.name], service)
+        code = verify_command(picture.name, service)
         yield notice(line, KINDS[found["result"]]), facts(found, picture), code, found
 
     triggers = [(start, "click"), (file, "upload")]

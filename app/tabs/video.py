@@ -78,7 +78,7 @@ def asked_text(service: Service, question: Any, decoder: Any, frames: Any, token
     limits = service.limits
     options = {"num_frames": whole("the number of frames", frames, 1, limits.frames)}
     options["max_new_tokens"] = whole("the number of tokens", tokens, 1, limits.new_tokens)
-    return words("the question", question, limits.prompt), strategy(decoder), options
+    return words("the question", question, limits.prompt), strategy(decoder, limits), options
 
 
 def seen(service: Service, file: Path, wanted: Wanted, told: Told) -> tuple[Any, ...]:
@@ -94,7 +94,9 @@ def seen(service: Service, file: Path, wanted: Wanted, told: Told) -> tuple[Any,
     line += f", {out.stats.total_seconds:.2f} s ({out.stats.seconds['prefill']:.2f} s of it for the prompt: "
     line += f"{out.num_frames} frames, {out.num_visual_tokens} visual tokens); {promise(decoder)}"
     line = f"stopped ({told.stopped}): {line}" if told.stopped else line
-    code = [make(service, file.name, question, decoder, options) for make in (text_python, text_command)]
+    own = sample_clip(service)
+    name = own if own and Path(own).name == file.name and Path(own).stat().st_size == file.stat().st_size else file.name
+    code = [make(service, name, question, decoder, options) for make in (text_python, text_command)]
     return notice(line, "" if told.stopped else "good"), coloured(told.pieces), plot, told.card, *code
 
 
@@ -116,7 +118,7 @@ def clip_html(path: str | None) -> str:
         return '<div class="arsd-clip"><span class="arsd-faint">no clip</span></div>'
     if file.stat().st_size > SHOWN:
         return f'<div class="arsd-clip"><span class="arsd-faint">{text(file.name)}: too large for a preview</span></div>'
-    kind = file.suffix.lower().lstrip(".")
+    kind = text(file.suffix.lower().lstrip("."))
     if file.suffix.lower() in PICTURES:
         uri = uri_of(file.read_bytes(), f"image/{kind}")
         return f'<div class="arsd-clip"><img src="{uri}" alt="{text(file.name)}"></div>'

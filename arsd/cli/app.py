@@ -81,4 +81,4 @@ def load_service(arguments: argparse.Namespace) -> Any:
         return again if pipe is None else again.to(pipe.device)
 
     models = arguments.model, arguments.video_model
-    return Service(pipe, video_llm, *models, limits, reload, components(arguments))
+    return Service(pipe, video_llm, *models, limits, reload, components(arguments), arguments.plugins)

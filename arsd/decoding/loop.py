@@ -215,11 +215,8 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             law, draft = followed(law, draft, verdict.path)
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
-            turn = None
-            if request.trace or request.on_round is not None:
-                turn = _round(step, draft, verdict, counts, rows.held, getattr(parts.controller, "arm", ""))
-                if request.trace:
-                    trace.append(turn)
+            heard = _kept(step, draft, verdict) if request.trace or request.on_round is not None else None
+            held, arm = list(rows.held), getattr(parts.controller, "arm", "")
             rows.commit(step, law, verdict, counts, width)
             rows.end([b for b, end in enumerate(over) if end])
             if verdict.path is not None:
@@ -228,8 +225,12 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             parts.drafter.observe(step, law, verdict, rows.lengths)
             stats.add_pass([(rows.held[b], counts[b]) for b in active], width)
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
-        if request.on_round is not None and turn is not None:
-            stopped = bool(request.on_round(turn))
+        if heard is not None:  # who listens pays for the reading, in no one's seconds
+            positions, drafts, tokens, outcome = (x.cpu() for x in heard)
+            turn = Round(positions, drafts, tokens, outcome, list(counts), held, arm)
+            if request.trace:
+                trace.append(turn)
+            stopped = request.on_round is not None and bool(request.on_round(turn))
         if request.on_commit is not None:
             with watch("other"):
                 stopped = bool(request.on_commit(sum(counts), rows.tokens[:, :-1])) or stopped
@@ -283,8 +284,7 @@ def _broken(rows: _Rows, faults: list[int]) -> NonFiniteLogitsError:
     return NonFiniteLogitsError(message, rows.tokens[:, :-1].clone(), list(rows.done))
 
 
-def _round(step: Step, draft: Draft, verdict: Verdict, counts: list[int], held: list[int], arm: str) -> Round:
-    tensors = (step.positions, draft.tokens, verdict.tokens, verdict.outcome)
+def _kept(step: Step, draft: Draft, verdict: Verdict) -> list[Tensor]:
+    """The tensors of a :class:`Round`, on the device: drafters go on to write into theirs."""
     with torch.inference_mode(False):  # who hears of it may write into it
-        positions, drafts, tokens, outcome = (x.cpu().clone() for x in tensors)
-    return Round(positions, drafts, tokens, outcome, list(counts), list(held), arm)
+        return [x.clone() for x in (step.positions, draft.tokens, verdict.tokens, verdict.outcome)]
