@@ -98,26 +98,17 @@ def test_exploring_on_the_page(world):
 
 def test_describing_on_the_page(world, gif):
     status, answer, plot, card, python, command = shown(handler(world, "video"), gif, "What?", "std:budget=8", 4, 20)[-1]
-    assert (
-        "20 tokens in" in status
-        and "arsd-o0" in answer
-        and card["how"]
-        and command.startswith("arsd describe --question")
-        and command.endswith("-- clip.gif\n")
-    )
+    assert "20 tokens in" in status and "arsd-o0" in answer and card["how"] and "print(out.text)" in python
+    assert command.startswith("arsd describe '--question=What?'") and command.endswith("-- clip.gif\n")
+    assert plot.count("<path") == 1
 
 
 def test_verifying_on_the_page(world, tmp_path):
     out = world.service.pipe(PROMPT, decoder=SJD, generator=seeded(3), progress=False)
     save_png(out.images[0], tmp_path / "a.png", world.service.pipe.record(out, 0))
     verdict, facts, command, card = shown(handler(world, "verify"), str(tmp_path / "a.png"))[-1]
-    assert (
-        verdict.count("verified")
-        and "good" in verdict
-        and card["result"] == "verified"
-        and command.startswith("arsd verify")
-        and command.endswith("-- a.png\n")
-    )
+    assert "verified" in verdict and "good" in verdict and card["result"] == "verified" and "pixels match" in facts
+    assert command.startswith("arsd verify") and command.endswith("-- a.png\n")
 
 
 def test_stop_on_the_page_ends_the_run_of_its_window_only(world):
