@@ -112,6 +112,15 @@ def loaded(images: Locator) -> list[tuple[int, int]]:
     return [(width, height) for width, height in images.evaluate_all(SIZES)]
 
 
+def _few_colours(image: Image.Image) -> Image.Image:
+    """A picture of 256 colours: those of most of the page as they are, and enough that no colour of a token is lost."""
+    common = [value for _, colour in sorted(image.getcolors(2**24), reverse=True)[:16] for value in colour]
+    spread = image.quantize(240, Image.Quantize.MAXCOVERAGE, 3).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(common + spread[: 3 * 240])
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
 class Visit:
     """A window of its own on the app.
 
@@ -272,5 +281,4 @@ class Visit:
         self.page.wait_for_timeout(500)
         image = Image.open(io.BytesIO(self.page.screenshot(full_page=True))).convert("RGB")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        few = image.quantize(256, Image.Quantize.MAXCOVERAGE, 3, dither=Image.Dither.NONE)  # keeps the colours of tokens
-        few.save(Path(folder) / f"{name}.png", optimize=True)
+        _few_colours(image).save(Path(folder) / f"{name}.png", optimize=True)

@@ -15,6 +15,7 @@ from arsd.app.toasts import with_toasts
 GROUP = "model"  # concurrency group of everything that computes
 STOP_WAIT = 3.0  # seconds in which a run that was stopped shows what it has, before its event is cancelled
 LAYER = "(layer) => { document.getElementById('%s').dataset.layer = layer; }"
+CANCEL = "() => { document.getElementById('arsd-cancel-%s').click(); }"
 OVERLAYS = [("picture", "off"), ("how tokens came", "how"), ("in which pass", "when")]
 
 
@@ -125,4 +126,6 @@ def wire(
         service.stop(owner_of(request, tab), STOP_WAIT)
 
     ended = stop.click(end, None, None, queue=False, show_progress="hidden", api_visibility="private")
-    ended.then(None, None, None, cancels=[event], api_visibility="private")
+    cancel = gr.Button("cancel", visible="hidden", elem_id=f"arsd-cancel-{tab}")  # Gradio cancels on clicks only
+    cancel.click(None, None, None, cancels=[event], api_visibility="private")
+    ended.then(None, None, None, js=CANCEL % tab, api_visibility="private")
