@@ -166,8 +166,6 @@ class Service:
                 heard.put(("end", None))
             except BaseException as error:  # raised again where it can be shown
                 heard.put(("error", error))
-            finally:
-                run.ended.set()
 
         future = self._worker.submit(body)
         future.add_done_callback(lambda done: heard.put(("end", None)) if done.cancelled() else None)  # see close()
@@ -181,6 +179,7 @@ class Service:
                 yield item
         finally:
             run.stop()  # of a run that has ended it means nothing
+            run.ended.set()  # whoever listened has seen the end
 
     def call(self, run: Run, work: Callable[[], T]) -> T:
         """The result of ``work`` in the model's thread; raises as :meth:`stream`."""
