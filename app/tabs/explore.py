@@ -28,6 +28,7 @@ from arsd.app.service import Service
 from arsd.app.tabs.parts import (
     buttons,
     card_fields,
+    cut_short,
     next_seed,
     overlay_field,
     owner_of,
@@ -51,6 +52,7 @@ def build(service: Service) -> gr.Textbox:
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="arsd-knobs"):
             subject = subject_field(service)
+            lock, start, stop = buttons("Draw")
             family = gr.Dropdown(families, value="sjd", label="Strategy")
             window = gr.Slider(1, widest, value=min(16, widest), step=1, label="Window (tokens per pass)")
             draft_length = gr.Slider(1, 16, value=4, step=1, label="Draft length (guesses per pass)", interactive=False)
@@ -70,7 +72,6 @@ def build(service: Service) -> gr.Textbox:
                 seed = seed_field()
                 most = service.limits.pictures
                 pictures = gr.Slider(1, most, value=min(4, most), step=1, label="Pictures, a seed each", min_width=180)
-            lock, start, stop = buttons("Draw")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(notice("Press Draw."))
             raster = service.pipe.make_raster()
@@ -88,11 +89,11 @@ def build(service: Service) -> gr.Textbox:
     def run(
         subject: Any, decoder: Any, seed: Any, lock: bool, pictures: Any, scale: Any, heat: Any, k: Any, request: gr.Request
     ) -> Iterator[Any]:
-        seed, count = next_seed(seed, lock), whole("the number of seeds", pictures, 1, service.limits.pictures)
-        options = {"guidance_scale": scale, "temperature": heat, "top_k": k}
-        wanted = asked(service.pipe, subject, decoder, seed, service.limits, **options)
-        drawing = service.new_run(owner_of(request, "explore"))
         try:
+            seed, count = next_seed(seed, lock), whole("the number of seeds", pictures, 1, service.limits.pictures)
+            options = {"guidance_scale": scale, "temperature": heat, "top_k": k}
+            wanted = asked(service.pipe, subject, decoder, seed, service.limits, **options)
+            drawing = service.new_run(owner_of(request, "explore"))
             for drawn in service.stream(drawing, Drawer(service, drawing, wanted, count)):
                 yield (seed, *seen(service, wanted, drawn))
         except ArsdError as error:
@@ -121,7 +122,7 @@ def seen(service: Service, wanted: Asked, drawn: Drawn) -> list[Any]:
     if not wanted.decoder.lossless:
         line += f"; changed tokens expected: {sum(changed) / len(changed):.1f} per picture"
     if drawn.stopped:
-        line = f"stopped ({drawn.stopped}): {line}"
+        line = f"{cut_short(drawn.stopped)}: {line}"
     line = "; ".join([line, *drawn.notes])
     code = picture_python(service, wanted, drawn.output), picture_command(service, wanted, drawn.output)
     return [

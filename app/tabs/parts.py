@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from arsd.app.knobs import LARGEST_SEED, fresh_seed, presets
-from arsd.app.service import Service
+from arsd.app.service import STOPPED, Service
 from arsd.app.toasts import with_toasts
 
 GROUP = "model"  # concurrency group of everything that computes
@@ -78,6 +78,11 @@ def buttons(start: str, lock: bool = True) -> tuple[gr.Checkbox, gr.Button, gr.B
         keep = gr.Checkbox(True, label="Lock seed", min_width=140, scale=0, container=False, visible=lock)
         begin = gr.Button(start, variant="primary", min_width=100, scale=3)
         return keep, begin, gr.Button("Stop", min_width=80, scale=1)
+
+
+def cut_short(reason: str) -> str:
+    """How a run ended that did not end by itself."""
+    return STOPPED if reason == STOPPED else f"{STOPPED} ({reason})"
 
 
 def owner_of(request: gr.Request | None, tab: str) -> str:

@@ -66,9 +66,9 @@ def build(service: Service) -> None:
     outputs = [seed, left, right, verdict, plot, slider, *card.outputs]
 
     def run(subject: Any, decoder: Any, seed: Any, lock: bool, request: gr.Request) -> Iterator[Any]:
-        seed = next_seed(seed, lock)
-        wanted = asked(service.pipe, subject, decoder, seed, service.limits)
         try:
+            seed = next_seed(seed, lock)
+            wanted = asked(service.pipe, subject, decoder, seed, service.limits)
             for now in race(service, service.new_run(owner_of(request, "race")), wanted):
                 with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it shows
                     yield (seed, *shown(service, wanted, blank, now, Path(folder)))

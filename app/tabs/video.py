@@ -14,7 +14,7 @@ from arsd.app.knobs import TEXTS, promise, strategy, whole, words
 from arsd.app.markup import coloured, legend, lengths_plot, notice, text
 from arsd.app.painting import uri_of
 from arsd.app.service import Service
-from arsd.app.tabs.parts import buttons, card_fields, owner_of, wire
+from arsd.app.tabs.parts import buttons, card_fields, cut_short, owner_of, wire
 from arsd.app.toasts import with_toasts
 from arsd.app.uploads import CLIPS, checked_clip
 from arsd.decoding import Outcome
@@ -41,7 +41,8 @@ def build(service: Service) -> None:
             decoder = gr.Dropdown(list(TEXTS.items()), value="std", label="Strategy", allow_custom_value=True)
             with gr.Row():
                 frames = gr.Slider(1, service.limits.frames, value=32, step=1, label="Frames at most", min_width=120)
-                tokens = gr.Slider(1, service.limits.new_tokens, value=128, step=1, label="Tokens at most", min_width=120)
+                most = service.limits.new_tokens
+                tokens = gr.Slider(1, most, value=min(192, most), step=1, label="Tokens at most", min_width=120)
             _, start, stop = buttons("Describe", lock=False)
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(notice("Press Describe."))
@@ -53,9 +54,9 @@ def build(service: Service) -> None:
     outputs = [status, answer, plot, *card.outputs]
 
     def run(clip: Any, question: Any, decoder: Any, frames: Any, tokens: Any, request: gr.Request) -> Iterator[Any]:
-        file, wanted = checked_clip(clip, service.limits), asked_text(service, question, decoder, frames, tokens)
-        describing = service.new_run(owner_of(request, "video"))
         try:
+            file, wanted = checked_clip(clip, service.limits), asked_text(service, question, decoder, frames, tokens)
+            describing = service.new_run(owner_of(request, "video"))
             for told in describe(service, describing, file, *wanted):
                 yield seen(service, file, wanted, told)
         except ArsdError as error:
@@ -93,7 +94,7 @@ def seen(service: Service, file: Path, wanted: Wanted, told: Told) -> tuple[Any,
     out = told.output
     line += f", {out.stats.total_seconds:.2f} s ({out.stats.seconds['prefill']:.2f} s of it for the prompt: "
     line += f"{out.num_frames} frames, {out.num_visual_tokens} visual tokens); {promise(decoder)}"
-    line = f"stopped ({told.stopped}): {line}" if told.stopped else line
+    line = f"{cut_short(told.stopped)}: {line}" if told.stopped else line
     own = sample_clip(service)
     name = own if own and Path(own).name == file.name and Path(own).stat().st_size == file.stat().st_size else file.name
     code = [make(service, name, question, decoder, options) for make in (text_python, text_command)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from typing import Any
 
@@ -43,10 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     service = load_service(arguments)
     card = find_card(arguments.model, arguments.card)
-    with serve(service, card, arguments.host, arguments.port, arguments.mcp) as served:
-        print(f"arsd app: {served.url} (Ctrl-C ends it)", flush=True)
-        while True:
-            time.sleep(3600)
+    # ended by whom it may, it leaves no file of a user behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with serve(service, card, arguments.host, arguments.port, arguments.mcp) as served:
+            print(f"arsd app: {served.url} (Ctrl-C ends it)", flush=True)
+            while True:
+                time.sleep(3600)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def load_service(arguments: argparse.Namespace) -> Any:
