@@ -270,7 +270,7 @@ class VideoLLMPipeline:
         return _heard(Thread(target=work, daemon=True), heard, closed)
 
     def _prompt(
-        self, video: Any, question: Any, sampling: tuple[Any, Any, Any], system: Any, on_frame: Callable[[], Any] | None
+        self, video: Any, question: Any, sampling: tuple[Any, Any, Any], system: Any, on_frame: Any = None
     ) -> tuple[dict[str, Any], list[int], bool]:
         """(inputs of the model, frames of each row, whether it is a batch)."""
         check_sampling(*sampling)
@@ -292,7 +292,7 @@ class VideoLLMPipeline:
         return inputs, [len(frames) for (frames, _), _ in asked], batch
 
     def _read(
-        self, clip: Any, num_frames: int | None, fps: float | None, source_fps: float | None, on_frame: Any
+        self, clip: Any, num_frames: int | None, fps: float | None, source_fps: float | None, on_frame: Any = None
     ) -> tuple[np.ndarray, VideoMetadata]:
         """Frames of a clip, as many as asked for or as the processor says that the model is used to."""
         own, least = self.processor.video_processor, 1
