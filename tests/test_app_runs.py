@@ -259,9 +259,19 @@ def test_users_at_once_get_what_they_would_get_alone(service):
         assert pngs[0] == pngs[1], "to the last bit"
 
 
-def test_everything_computes_in_one_thread(service):
-    names = {service.call(service.new_run(), lambda: threading.current_thread().name) for _ in range(3)}
-    assert len(names) == 1 and names != {threading.current_thread().name}
+def test_everything_computes_in_one_thread_one_run_after_the_other(service):
+    names, working, most = set(), [], []
+
+    def work():
+        names.add(threading.current_thread().name)
+        working.append(1)
+        time.sleep(0.05)
+        most.append(len(working))
+        working.pop()
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda _: service.call(service.new_run(), work), range(5)))
+    assert len(names) == 1 and names != {threading.current_thread().name} and most == [1] * 5
 
 
 # ------------------------------------------------------------------------------------------------------- bad requests

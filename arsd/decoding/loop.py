@@ -216,7 +216,6 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             if laws.grammar.any_forced:
                 verdict.outcome[laws.grammar.forced_at(step.positions) >= 0] = int(Outcome.FORCED)
             heard = _kept(step, draft, verdict) if request.trace or request.on_round is not None else None
-            held, arm = list(rows.held), getattr(parts.controller, "arm", "")
             rows.commit(step, law, verdict, counts, width)
             rows.end([b for b, end in enumerate(over) if end])
             if verdict.path is not None:
@@ -227,7 +226,8 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
             parts.controller.observe([counts[b] for b in active], time.perf_counter() - began)
         if heard is not None:  # who listens pays for the reading, in no one's seconds
             positions, drafts, tokens, outcome = (x.cpu() for x in heard)
-            turn = Round(positions, drafts, tokens, outcome, list(counts), held, arm)
+            arm = getattr(parts.controller, "arm", "")
+            turn = Round(positions, drafts, tokens, outcome, list(counts), list(rows.held), arm)
             if request.trace:
                 trace.append(turn)
             stopped = request.on_round is not None and bool(request.on_round(turn))
