@@ -95,6 +95,7 @@ def verify_pictures(pipe: Any, sources: Sequence[Any], on_round: OnRound | None 
         if isinstance(checked, _Case):
             record = checked.record
             alike = tuple(record.get(name) for name in ("height", "width", "slots", "given_tokens"))
+            alike += ("negative_prompt" in record,)
             groups[(record["batch"], record["pass_tokens"], checked.law, "prompt" in record, alike)].append(checked)
         else:
             results[index] = Verification(path, *checked)
@@ -126,6 +127,8 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, "it was made from features that the record does not hold"
     if not isinstance(record[name], kind) or isinstance(record[name], bool):
         return UNKNOWN, f"its record is damaged ({name})"
+    if not isinstance(record.get("negative_prompt", ""), str):
+        return UNKNOWN, "its record is damaged (negative_prompt)"
     if record.get("prompt_images"):
         return UNKNOWN, "its prompt held pictures, which the record does not"
     if record.get("dtype") != dtype_name(pipe):

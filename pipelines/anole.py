@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from arsd.models.anole import AnoleProtocol
-from arsd.pipelines.chameleon import ChameleonPipeline
+from arsd.models.chameleon_files import CHAMELEON
+from arsd.pipelines.token_images import TokenImagePipeline
 
 
-class AnolePipeline(ChameleonPipeline):
+class AnolePipeline(TokenImagePipeline):
     """Anole 7B in its three formats, and Chameleon layouts with a picture decoder beside them.
 
     ``prompt_images`` are pictures that the prompt speaks of, each at its ``<image>``. Guidance then has three streams:
@@ -15,4 +16,4 @@ class AnolePipeline(ChameleonPipeline):
 
     protocol_class = AnoleProtocol
     default_size = 512
-    kinds = ("anole", "anole-meta", "chameleon")
+    files = CHAMELEON(kinds=("anole", "anole-meta", "chameleon"))

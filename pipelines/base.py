@@ -267,6 +267,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         prompt_images: Any = None,
         image_guidance_scale: float | None = None,
         on_round: OnRound | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Any:
         """Make pictures. The arguments are the same for all families; what a model cannot work with is refused.
 
@@ -304,6 +305,8 @@ class ARImagePipeline(Provable, DiffusionPipeline):
             on_round: called (untimed) with the :class:`arsd.decoding.Round` of each pass; ``True`` stops this call
                 (``interrupt`` all those of the pipeline). What was decoded so far is returned, with 0 for the tokens that
                 are missing; ``stats.tokens`` says how many each picture has.
+            negative_prompt: words of the unconditional stream instead of the published ones (Emu3, SimpleAR), for all or
+                for each prompt.
 
         Returns:
             :class:`ARPipelineOutput`: pictures, tokens and figures.
@@ -315,6 +318,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """
         # 1. Check
         named = {"prompt": prompt, "class_labels": class_labels, "prompt_images": prompt_images}
+        named |= {"negative_prompt": negative_prompt}
         named |= {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         inputs = {name: value for name, value in named.items() if value is not None}
         self.check_inputs(height, width, num_images_per_prompt, **inputs)

@@ -72,6 +72,21 @@ def check_prompts(prompt: Any) -> list[str]:
     return prompts
 
 
+def check_negative(negative_prompt: Any, prompts: int) -> list[str | None]:
+    """One negative prompt for all or one for each, as a list of ``prompts``; an empty one is one without words.
+
+    Raises:
+        InputError: for anything else, or another number of them.
+    """
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt] * prompts
+    if not isinstance(negative_prompt, Sequence) or not all(isinstance(one, str) for one in negative_prompt):
+        raise InputError(f"negative_prompt must be text or a list of texts, not {negative_prompt!r}")
+    if len(negative_prompt) != prompts:
+        raise InputError(f"got {len(negative_prompt)} negative prompts for {prompts} prompts: give one, or one for each")
+    return list(negative_prompt)
+
+
 def check_count(num_images_per_prompt: Any) -> None:
     """Raise InputError unless this is a positive number of pictures."""
     if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arsd.errors import CheckpointError
-from arsd.models.chameleon_files import find_kind
 from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
+from arsd.pipelines.token_images import TokenImagePipeline
 
 PIPELINES: dict[str, type[ARImagePipeline]] = {
     cls.__name__: cls for cls in (LlamaGenPipeline, LuminaMGPTPipeline, AnolePipeline)
@@ -126,9 +126,10 @@ def recognise(path: str | Path) -> str:
         raise CheckpointError(f"{path} holds weights of no model that arsd knows: see arsd models")
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: check the path")
-    kind = find_kind(path)
-    if kind is not None:
-        return kind
+    readers = [cls.files.find_kind for cls in PIPELINES.values() if issubclass(cls, TokenImagePipeline)]
+    for find_kind in dict.fromkeys(readers):
+        if (kind := find_kind(path)) is not None:
+            return kind
     held = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     if held:
         listed = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")

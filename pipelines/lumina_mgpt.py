@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from arsd.models.chameleon_files import CHAMELEON
 from arsd.models.lumina import LuminaProtocol
-from arsd.pipelines.chameleon import ChameleonPipeline
+from arsd.pipelines.token_images import TokenImagePipeline
 
 
-class LuminaMGPTPipeline(ChameleonPipeline):
+class LuminaMGPTPipeline(TokenImagePipeline):
     """Lumina-mGPT 7B and 34B, and 2.0, from their published folders.
 
     ``height`` and ``width`` are multiples of 32 (see :func:`arsd.models.lumina.trained_sizes`). A prompt that already is an
@@ -18,7 +19,7 @@ class LuminaMGPTPipeline(ChameleonPipeline):
 
     protocol_class = LuminaProtocol
     default_size = 768
-    kinds = ("lumina-mgpt", "lumina-mgpt-2")
+    files = CHAMELEON(kinds=("lumina-mgpt", "lumina-mgpt-2"))
 
     def protocol_options(self) -> dict[str, Any]:
         """Where the codes of version 2 begin, if the configuration names them."""

@@ -95,7 +95,7 @@ def _of_codes(codes: Tensor, raster: Raster) -> Tensor:
         raise InputError(f"image holds codes of shape {shape}: give {wanted}, or pixels in [0, 1] as floating point")
     if int(codes.min()) < 0 or int(codes.max()) >= raster.codes:
         raise InputError(f"image holds codes outside 0..{raster.codes - 1}")
-    return replace(raster, rows=shape[1], tail=()).from_codes(codes.long())
+    return replace(raster, rows=shape[1], tail=(), between=False).from_codes(codes.long())
 
 
 def _unit(image: Any) -> Any:

@@ -71,7 +71,10 @@ class Provable:
         first = records[0]
         size = {name: first.get(name) for name in self._recorded_size if name in first}
         name, plural = ("prompt", "prompt") if "prompt" in first else ("class_label", "class_labels")
-        return self.encode_inputs(**{plural: [record[name] for record in records]}, guided=guided, **size)
+        inputs = {plural: [record[name] for record in records]}
+        if any("negative_prompt" in record for record in records):
+            inputs["negative_prompt"] = [record.get("negative_prompt") for record in records]
+        return self.encode_inputs(**inputs, guided=guided, **size)
 
     def record(self, output: ARPipelineOutput, index: int) -> dict[str, Any]:
         """Everything that picture ``index`` of an output depends on, for :func:`arsd.provenance.save_png`."""

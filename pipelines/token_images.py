@@ -1,8 +1,10 @@
-"""The base of pipelines for models whose image codes are words of their own vocabulary (Lumina-mGPT, Anole)."""
+"""The base of pipelines for language models that write image codes (Lumina-mGPT, Anole, Emu3, Janus-Pro and others)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +14,17 @@ from arsd.decoding import SJD, DecodingStrategy, LawConfig
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import DraftModel
 from arsd.devices import in_use
-from arsd.errors import InputError, warn_caller
+from arsd.errors import CheckpointError, InputError, warn_caller
 from arsd.models.eagle import EagleDrafter
 from arsd.models.eagle_draft import EagleDraftModel
+from arsd.models.folders import PublishedFiles, config_of
 from arsd.models.raster import Raster
-from arsd.models.target import DecoderTarget
+from arsd.models.target import DecoderTarget, Place
 from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_count, check_prompts
+from arsd.pipelines.checks import check_count, check_negative, check_prompts, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
-from arsd.tokenizers.vqgan import VQGANTokenizer
 
 MOST_SLOTS = 1 << 16
 SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
@@ -31,7 +33,8 @@ SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a p
 class TokenImagePipeline(ARImagePipeline):
     """Pictures from prompts, with a language model that writes image codes between its words.
 
-    A subclass names its protocol; everything else is the same for all such families.
+    A subclass names its protocol and how its published folders are read; everything else is the same for all such families.
+    One whose codes have an embedding and a head of their own (Janus-Pro) says where they are.
 
     Args:
         transformer: the language model with its head.
@@ -48,11 +51,12 @@ class TokenImagePipeline(ARImagePipeline):
     _optional_components = ["decoder", "drafter"]
     protocol_class: ClassVar[Callable[..., TokenProtocol]]
     default_size: ClassVar[int]
+    files: ClassVar[PublishedFiles]
 
     def __init__(
         self,
         transformer: Any,
-        vq: VQGANTokenizer,
+        vq: Any,
         tokenizer: Any,
         decoder: DecodingStrategy | None = None,
         drafter: Any = None,
@@ -67,6 +71,75 @@ class TokenImagePipeline(ARImagePipeline):
         decoder = decoder if decoder is not None else SJD()
         self.register_modules(transformer=transformer, vq=vq, tokenizer=tokenizer, decoder=decoder, drafter=drafter)
         self.register_to_config(image_size=image_size or self.default_size, sampling=sampling)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vq: Any = None,
+        dtype: torch.dtype | str | None = None,
+        image_size: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load a published folder, or one that ``save_pretrained`` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or a hub id.
+            vq: the image tokenizer, where it is not beside the weights: its published file or folder, a saved one, or an
+                object.
+            dtype: of all weights (``torch_dtype`` is the same); by default that of the files.
+            image_size: side of a square picture; by default what the folder's name says (512, 768, 1024), else the family's.
+            options: components (``decoder=...``, ``drafter=...``), ``revision`` and ``cache_dir`` of the hub, and what
+                transformers' ``from_pretrained`` takes: ``device_map``, ``max_memory``, ``offload_folder``,
+                ``quantization_config``, ``attn_implementation``.
+
+        Raises:
+            CheckpointError: for a folder of another kind, missing or damaged files, or a tokenizer that does not fit.
+        """
+        from arsd.pipelines.auto import find_model
+        from arsd.pipelines.families import check_class
+
+        dtype = dtype_of(dtype, options)
+        hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
+        folder = find_model(pretrained_model_name_or_path, **hub)
+        given = {**options} if vq is None else {**options, "vq": vq}
+        if vq is not None:
+            vq = options["vq"] = cls._image_tokenizer(vq, dtype)
+        if (folder / "model_index.json").is_file():
+            check_class(folder, cls)
+            if image_size is not None:
+                options["image_size"] = image_size
+            pipe = super().from_pretrained(str(folder), dtype=dtype, **options)
+            pipe.remember_sources(folder, parts=options)
+            return pipe
+        kind = cls.files.find_kind(folder)
+        if kind not in cls.files.kinds:
+            found = "nothing that is known" if kind is None else f"{kind} weights"
+            raise CheckpointError(f"{folder} holds {found}, not those of {cls.__name__}: give another folder")
+        names = ("decoder", "drafter", "sampling", "tokenizer", "vq")
+        own = {name: options.pop(name) for name in names if name in options}
+        tokenizer = own.pop("tokenizer", None) or cls.files.tokenizer(folder)
+        source = cls.files.vq_source(folder) if vq is None else given["vq"]
+        image_tokenizer = own.pop("vq", None) or cls._image_tokenizer(source, dtype)
+        transformer = cls.files.network(folder, dtype=dtype, **options)
+        named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name)
+        size = image_size or (int(named[1]) if named else None)
+        pipe = cls(transformer, image_tokenizer, tokenizer, image_size=size, **own)
+        pipe.protocol  # noqa: B018  a tokenizer that does not fit is refused now, not at the first prompt
+        files = [source] if isinstance(source, (str, Path)) else []
+        pipe.remember_sources(folder, *files, parts={name: part for name, part in given.items() if name not in options})
+        return pipe
+
+    @classmethod
+    def _image_tokenizer(cls, source: Any, dtype: torch.dtype | None) -> Any:
+        """Of an object, a folder that ``save_pretrained`` wrote, or what was published."""
+        wanted = cls.files.vq_class
+        if isinstance(source, wanted):
+            return source
+        if isinstance(source, (str, Path)) and config_of(Path(source)).get("_class_name") == wanted.__name__:
+            return saved_component(wanted, source, dtype)
+        return cls.files.vq(source, dtype=dtype)
 
     @property
     def protocol(self) -> TokenProtocol:
@@ -113,6 +186,7 @@ class TokenImagePipeline(ARImagePipeline):
         num_images_per_prompt: int,
         prompt: str | Sequence[str] | None = None,
         prompt_images: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
         """Raise InputError for anything that the model cannot work with."""
@@ -120,7 +194,8 @@ class TokenImagePipeline(ARImagePipeline):
             raise InputError(f"this model takes prompts: leave out {', '.join(unknown)}")
         if prompt is None:
             raise InputError("this model is text-conditional: give a prompt")
-        check_prompts(prompt)
+        prompts = check_prompts(prompt)
+        self._negative(negative_prompt, len(prompts))
         check_count(num_images_per_prompt)
         self.make_raster(height, width)
         if advice := self.protocol.advice(*self._size(height, width)):
@@ -131,6 +206,7 @@ class TokenImagePipeline(ARImagePipeline):
         self,
         prompt: str | Sequence[str] = (),
         prompt_images: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         guided: bool = True,
         height: int | None = None,
@@ -153,11 +229,13 @@ class TokenImagePipeline(ARImagePipeline):
         raster, device = self.protocol.raster(*size), self._execution_device
         images = [] if prompt_images is None else self._codes_of(prompt_images)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative = self._negative(negative_prompt, len(prompts))
         streams = [[self.protocol.prompt_ids(text, *size, images) for text in prompts]]
         if guided and images:
             streams.append([self.protocol.image_only_ids(*size, images)] * len(prompts))
         if guided:
-            streams.append([self.protocol.null_ids(*size)] * len(prompts))
+            pairs = zip(streams[0], negative, strict=True)
+            streams.append([self.protocol.null_ids(*size, ids, words) for ids, words in pairs])
         longest = max(slots or 0, *(len(ids) for stream in streams for ids in stream))
         longest = -(-longest // SLOTS) * SLOTS
         rows = [[[0] * (longest - len(ids)) + ids for ids in stream] for stream in streams]
@@ -168,8 +246,15 @@ class TokenImagePipeline(ARImagePipeline):
             condition = self._embed(model or self.transformer)(table)
         made_of = {"height": size[0], "width": size[1], "slots": longest} | with_given(given)
         made_of |= {"prompt_images": len(images)} if images else {}
-        inputs = [{"prompt": text} | made_of for text in prompts for _ in range(num_images_per_prompt)]
+        asked = [{"prompt": text} for text in prompts]
+        asked = [one | ({} if no is None else {"negative_prompt": no}) for one, no in zip(asked, negative, strict=True)]
+        inputs = [one | made_of for one in asked for _ in range(num_images_per_prompt)]
         return Conditions(condition, padding, inputs, raster, None if given is None else given.to(device), table)
+
+    def _negative(self, negative_prompt: Any, prompts: int) -> list[str | None]:
+        if negative_prompt is not None and self.protocol.negative_prompt is None:
+            raise InputError("the unconditional stream of this model has no words: leave out negative_prompt")
+        return check_negative(negative_prompt, prompts)
 
     def null_conditions(self, batch: int, guided: bool) -> Conditions:
         """See :class:`ARImagePipeline`."""
@@ -179,12 +264,12 @@ class TokenImagePipeline(ARImagePipeline):
         """See :class:`ARImagePipeline`."""
         model = model or self.transformer
         condition, total = conditions.condition, conditions.raster.num_tokens
-        head = self._head(model, condition.device)
-        embed = CodeEmbedding(self._embed(model), self.protocol.local_ids.to(condition.device))
+        head, embed = self._head(model, condition.device), self._code_embedding(model, condition.device)
 
         def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
             rest = (total, pass_tokens, conditions.padding, batch, conditions.given)
-            return DecoderTarget(model.model, head, embed, condition, *rest, count_padding=False)
+            options: Any = {"count_padding": False, "place": self._place(conditions)}
+            return DecoderTarget(self._decoder(model), head, embed, condition, *rest, **options)
 
         return make_target
 
@@ -199,7 +284,8 @@ class TokenImagePipeline(ARImagePipeline):
                 if known < words:
                     raise InputError(f"the drafter has {known} ids, the model {words}: it belongs to another model")
                 condition = drafter.embed_tokens(conditions.ids).to(condition.dtype)
-            parts = (model.model.rotary_emb, self._head(model, condition.device), self._embed(model), condition)
+            head = self._head(model, condition.device)
+            parts = (self._decoder(model).rotary_emb, head, self._embed(model), condition)
             ids = self.protocol.local_ids.to(condition.device)
             rest = (conditions.padding, batch, conditions.given)
             return EagleDraftModel(drafter, *parts, total, window, *rest, count_padding=False, ids=ids)
@@ -219,9 +305,25 @@ class TokenImagePipeline(ARImagePipeline):
             pixels = to_pixels(images, side, side, self.vq.downsample_factor).to(self.vq.device, self.vq.dtype)
             return [self.vq.encode(one[None])[0] for one in pixels]
 
+    # ---------------------------------------------------------------------------- where a network keeps what is needed of it
+
+    def _decoder(self, model: Any) -> Any:
+        """The decoder without its head."""
+        return model.model
+
     def _embed(self, model: Any) -> torch.nn.Embedding:
+        """The embedding of words."""
         embed: torch.nn.Embedding = model.get_input_embeddings()
         return embed
 
-    def _head(self, model: Any, device: torch.device) -> CodeHead:
+    def _code_embedding(self, model: Any, device: torch.device) -> torch.nn.Module:
+        """The embedding of the loop's ids."""
+        return CodeEmbedding(self._embed(model), self.protocol.local_ids.to(device))
+
+    def _head(self, model: Any, device: torch.device) -> torch.nn.Module:
+        """The head over the loop's ids."""
         return CodeHead(model.get_output_embeddings(), self.protocol.code_ids, len(self.protocol.mark_ids), device)
+
+    def _place(self, conditions: Conditions) -> Place | None:
+        """What a decoder is told of where a token stands, if not how many there are before it."""
+        return None

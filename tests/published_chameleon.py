@@ -14,7 +14,6 @@ not in the tokenizer.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_files import State, byte_tokenizer, byte_words, write_json, write_weights
 from reference_chameleon import chameleon_state
 from reference_vqgan import vqgan_state
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-
-State = dict[str, Tensor]
 
 WIDTH, LAYERS, HEADS, HIDDEN, CODES = 64, 2, 4, 192, 32
 GRIDS = 40  # size words <reserved08801> ... of up to 40 * 32 pixels
@@ -49,29 +45,20 @@ def vocabulary(codes: int = CODES, picture: str = "<reserved08707>") -> dict[str
     """Ids by word of Chameleon's vocabulary; ``picture`` is the word at the place of ``<reserved08707>``."""
     words = ["<s>", "<pad>", "</s>", "<unk>", *(code_word(code) for code in range(codes)), "<eoss>", "<racm3:break>"]
     words += ["<reserved08706>", picture, *(f"<reserved{n:05d}>" for n in range(8796, 8801 + GRIDS))]
-    words += sorted(pre_tokenizers.ByteLevel.alphabet())
+    words += list(byte_words())
     return {word: i for i, word in enumerate(words)}
 
 
 def vocabulary_2(first_code: int = 155000) -> dict[str, int]:
     """Ids by word of the tokenizer of Lumina-mGPT 2.0, which names no codes; ``first_code`` moves all but the bytes."""
     start = first_code - 155000 + 151643
-    words = {word: i for i, word in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = byte_words()
     assert start >= len(words), "first_code must be 3613 or more"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words |= {word: start + i for i, word in enumerate(special)}
     added = ["<racm3:break>", "<eoss>", *(f"<reserved{n:05d}>" for n in range(8796, 8801 + GRIDS))]
     added += ["<reserved08706>", "<reserved08707>"]
     return words | {word: start + 22 + i for i, word in enumerate(added)}
-
-
-def text_tokenizer(words: dict[str, int]) -> Tokenizer:
-    """Cuts text into bytes, and knows the words in angle brackets as special ones."""
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(w, normalized=False) for w in words if len(w) > 1 and w.startswith("<")])
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------------ folders
@@ -180,14 +167,14 @@ def write_anole_meta(
     models_folder, tokenizer = folder / "models" / size, folder / "tokenizer"
     models_folder.mkdir(parents=True)
     tokenizer.mkdir(exist_ok=True)
-    _write_json(models_folder / "params.json", {"model_parallel_size": 8, "model": inner})
-    _write_json(models_folder / "consolidate_params.json", {"model_parallel_size": shards})
+    write_json(models_folder / "params.json", {"model_parallel_size": 8, "model": inner})
+    write_json(models_folder / "consolidate_params.json", {"model_parallel_size": shards})
     for i in range(shards):
         name = "consolidated.pth" if shards == 1 else f"consolidated.{i:02d}.pth"
         shard = {key: _cut(key, value, i, shards) for key, value in state.items()}
         shard = _fused(shard) if fused else shard
         torch.save(shard | {"rope.freqs": torch.ones(WIDTH // HEADS // 2)}, models_folder / name)
-    text_tokenizer(words).save(str(tokenizer / "text_tokenizer.json"))
+    byte_tokenizer(words).save(str(tokenizer / "text_tokenizer.json"))
     torch.save({"state_dict": vq_state or vqgan_state(**VQ_SIZES, codes=codes)}, tokenizer / "vqgan.ckpt")
     return state
 
@@ -286,20 +273,10 @@ def _write_hf(
     special: dict[str, str] | None = None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2})
-    stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    keys = sorted(state)
-    weight_map = {}
-    for i in range(shards):
-        name = f"{stem}-{i + 1:05d}-of-{shards:05d}{suffix}" if shards > 1 else stem + suffix
-        part = {key: state[key] for key in keys[i * len(keys) // shards : (i + 1) * len(keys) // shards]}
-        save_file(part, folder / name, {"format": "pt"}) if suffix == ".safetensors" else torch.save(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    if shards > 1:
-        size = sum(value.nbytes for value in state.values())
-        _write_json(folder / f"{stem}{suffix}.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
-    text_tokenizer(words).save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2})
+    write_weights(folder, state, shards, suffix)
+    byte_tokenizer(words).save(str(folder / "tokenizer.json"))
     special = special or {
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -308,7 +285,7 @@ def _write_hf(
         "unk_token": "<unk>",
         "tokenizer_class": "LlamaTokenizer",
     }
-    _write_json(folder / "tokenizer_config.json", {"clean_up_tokenization_spaces": False, "legacy": False, **special})
+    write_json(folder / "tokenizer_config.json", {"clean_up_tokenization_spaces": False, "legacy": False, **special})
 
 
 def _cut(key: str, value: Tensor, shard: int, shards: int) -> Tensor:
@@ -327,10 +304,6 @@ def _fused(state: State) -> State:
             tensors = [state.pop(key.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
             fused[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(tensors)
     return state | fused
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------- for tests

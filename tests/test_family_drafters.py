@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference_eagle
 import torch
-from families import CODES_OF_STATE, PROMPTS
+from families import CODES, PROMPTS
 from test_eagle_files import CHAMELEON, published
 from tiny_pipeline import one_clear_line, seeded
 
@@ -81,7 +81,7 @@ def test_relaxed_rules_keep_the_grammar_and_state_their_cost(samples, kind, rule
     forced = torch.tensor(sorted(raster.forced))
     marks = torch.tensor([raster.forced[int(n)] for n in forced])
     assert torch.equal(out.tokens[:, forced], marks.expand(3, -1))
-    assert int(out.images.max()) < CODES_OF_STATE and not out.decoders[0].lossless
+    assert int(out.images.max()) < CODES and not out.decoders[0].lossless
     assert all(cost >= 0 for cost in out.stats.expected_changed_tokens)
 
 

@@ -45,7 +45,7 @@ def test_codes_that_are_one_off(samples, monkeypatch):
 def test_tokens_that_are_fed_under_the_wrong_word(samples, monkeypatch):
     local = TokenProtocol.local_ids.fget
     monkeypatch.setattr(TokenProtocol, "local_ids", property(lambda self: local(self).roll(1)))
-    caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, samples, "anole", (64, 64))
+    caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, samples, "anole")
 
 
 def test_padding_that_is_read(samples, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_grammar_whose_lines_are_one_too_long(samples, monkeypatch):
         def pipe(self, kind: str) -> Any:
             return pipe
 
-    caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, One(), "lumina-mgpt", (64, 64))
+    caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, One(), "lumina-mgpt")
 
 
 def test_given_tokens_that_are_not_read(monkeypatch):

@@ -73,7 +73,9 @@ class AnoleProtocol(TokenProtocol):
             ids += [*self.tokenizer.encode(piece, add_special_tokens=False), *picture] if piece else picture
         return [*ids, self._turn, self._begin]
 
-    def null_ids(self, height: int, width: int) -> list[int]:
+    def null_ids(
+        self, height: int, width: int, prompt_ids: Sequence[int] = (), negative_prompt: str | None = None
+    ) -> list[int]:
         """No words, no pictures."""
         return [*self._first, self._begin]
 

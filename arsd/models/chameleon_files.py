@@ -9,7 +9,6 @@ make is needed, so loading takes the memory of the model and hardly more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,18 @@ from transformers import ChameleonConfig, GenerationConfig, PreTrainedTokenizerF
 
 from arsd.errors import CheckpointError, InputError
 from arsd.models.chameleon import ChameleonForImageGeneration
+from arsd.models.folders import (
+    PublishedFiles,
+    config_of,
+    first_file,
+    load_fast_tokenizer,
+    read_json,
+    read_tensors,
+    weight_map,
+)
+from arsd.models.vqgan_files import load_vqgan
 from arsd.models.weight_files import check_keys, check_tensors, read_state_dict, to_half
+from arsd.tokenizers.vqgan import VQGANTokenizer
 
 State = dict[str, Tensor]
 Layout = dict[str, tuple[str, ...]]  # published key -> our parameters, whose rows stacked make the published tensor
@@ -31,7 +41,6 @@ KINDS = ("lumina-mgpt", "lumina-mgpt-2", "anole", "anole-meta", "chameleon")
 """What :func:`find_kind` tells apart; ``anole-meta`` is Meta's own layout, of Anole or of Chameleon."""
 
 _MODEL_TYPES = ("chameleon", "chameleon_xllmx")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ENCODER, _DECODER = "model.vqmodel.", "model.vqmodel.decoder."
 _CODE_0 = 155000  # id of code 0 in Lumina-mGPT 2.0; the vocabulary of the others ends at 65536
 _TOKENIZERS = ("text_tokenizer.json", "tokenizer/text_tokenizer.json", "chameleon/tokenizer/text_tokenizer.json")
@@ -76,10 +85,10 @@ def find_kind(folder: str | Path) -> str | None:
     folder = Path(folder)
     if _meta_folders(folder):
         return "anole-meta"
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = config_of(folder)
     if config.get("model_type") not in _MODEL_TYPES:
         return None
-    keys = _weight_map(folder)
+    keys = weight_map(folder)
     if any(key.startswith(_ENCODER) for key in keys):
         return "anole" if any(key.startswith(_DECODER) for key in keys) else "chameleon"
     words, size = config.get("vocabulary_map"), config.get("vocab_size")
@@ -109,7 +118,7 @@ def load_chameleon(folder: str | Path, *, dtype: torch.dtype | None = None, **op
         dtype = shards[0][next(iter(layout))].dtype
     weights = dict(_weights(layout, shards, ours, dtype))
     if (notes := path / "generation_config.json").is_file():
-        options.setdefault("generation_config", GenerationConfig.from_dict(_read_json(notes)))
+        options.setdefault("generation_config", GenerationConfig.from_dict(read_json(notes)))
     try:
         model = ChameleonForImageGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
     except ValueError as error:
@@ -133,7 +142,7 @@ def vqgan_source(folder: str | Path) -> Path | State:
     if kind is None:
         raise CheckpointError(f"{folder} is no folder of Lumina-mGPT, Anole or Chameleon: give one")
     if kind == "anole":
-        return _read_all(folder, _ENCODER)
+        return read_tensors(folder, lambda key: key.startswith(_ENCODER))
     names, needed = (_MOVQGAN, _MOVQGAN_FROM) if kind == "lumina-mgpt-2" else (_VQGAN, _VQGAN_FROM)
     if (path := _first(folder, names)) is not None:
         return path
@@ -152,9 +161,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
+    if path.is_file():
+        return load_fast_tokenizer(folder)
     try:
-        if path.is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder)
         if (found := _first(folder, _TOKENIZERS)) is not None:
             path = found
             return PreTrainedTokenizerFast(
@@ -164,6 +173,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"{path} is no readable tokenizer: download it again") from error
     what = f"{folder} holds neither tokenizer.json nor {_TOKENIZERS[1]}"
     raise CheckpointError(f"{what}: download it with the weights, or give tokenizer=...")
+
+
+CHAMELEON = partial(
+    PublishedFiles,
+    find_kind=find_kind,
+    network=load_chameleon,
+    tokenizer=load_tokenizer,
+    vq_source=vqgan_source,
+    vq=load_vqgan,
+    vq_class=VQGANTokenizer,
+)
+"""What Lumina-mGPT and Anole share; each names its ``kinds``."""
 
 
 @dataclass
@@ -182,43 +203,14 @@ class _Weight:
         return weight.to(self.dtype, copy=window, memory_format=torch.contiguous_format)[index]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again")
-    return content
-
-
 def _first(folder: Path, names: Iterable[str]) -> Path | None:
     """The first file of these in the folder, or else around it."""
     here = folder.absolute()
-    places = [here, here.parent, *([here.parent.parent] if (here / "params.json").is_file() else [])]
-    return next((place / name for place in places for name in names if (place / name).is_file()), None)
+    return first_file([here, here.parent, *([here.parent.parent] if (here / "params.json").is_file() else [])], names)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of every key of a folder in transformers' layout."""
-    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if name is None:
-        raise CheckpointError(f"{folder} has no weights, neither {' nor '.join(_WEIGHTS)}: download them")
-    if not name.endswith(".json"):
-        return dict.fromkeys(read_state_dict(folder / name), name)
-    files = _read_json(folder / name).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise CheckpointError(f"{folder / name} has no weight_map: download it again")
-    return files
-
-
-def _read_all(folder: Path, prefix: str = "") -> State:
-    """The tensors of a folder whose keys start with ``prefix``; without one, those of the network."""
-    files = {file for key, file in _weight_map(folder).items() if key.startswith(prefix)}
-    state = {key: value for file in sorted(files) for key, value in read_state_dict(folder / file).items()}
-    if prefix:
-        return {key: value for key, value in state.items() if key.startswith(prefix)}
-    return {key: value for key, value in state.items() if not key.startswith(_ENCODER) and ".rotary_emb." not in key}
+def _of_network(key: str) -> bool:
+    return not key.startswith(_ENCODER) and ".rotary_emb." not in key
 
 
 def _opened(folder: Path) -> tuple[Path, ChameleonConfig, State, list[State], Layout]:
@@ -233,11 +225,11 @@ def _opened(folder: Path) -> tuple[Path, ChameleonConfig, State, list[State], La
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has neither a config.json nor Meta's params.json: give a published folder")
-    content = _read_json(path)
+    content = read_json(path)
     if content.get("model_type") not in _MODEL_TYPES:
         raise CheckpointError(f"{path}: model_type must be 'chameleon', not {content.get('model_type')!r}")
     config, ours = _network(content | {"model_type": _MODEL_TYPES[0]}, path)
-    return folder, config, ours, [_read_all(folder)], {name: (name,) for name in ours}
+    return folder, config, ours, [read_tensors(folder, _of_network)], {name: (name,) for name in ours}
 
 
 def _network(content: dict[str, Any], path: Path) -> tuple[ChameleonConfig, State]:
@@ -264,9 +256,9 @@ def _meta_folders(folder: Path) -> list[Path]:
 
 def _params(folder: Path) -> dict[str, Any]:
     """What ``params.json``, its part ``model`` and ``consolidate_params.json`` say; the later one wins."""
-    params, more = _read_json(folder / "params.json"), folder / "consolidate_params.json"
+    params, more = read_json(folder / "params.json"), folder / "consolidate_params.json"
     inner = params.get("model")
-    return {**params, **(inner if isinstance(inner, dict) else {}), **(_read_json(more) if more.is_file() else {})}
+    return {**params, **(inner if isinstance(inner, dict) else {}), **(read_json(more) if more.is_file() else {})}
 
 
 def _meta_config(folder: Path) -> dict[str, Any]:
@@ -299,7 +291,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     if (path := _first(folder, _TOKENIZERS)) is None:
         return {}
     try:
-        words = dict(_read_json(path)["model"]["vocab"])
+        words = dict(read_json(path)["model"]["vocab"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is no readable tokenizer: download it again") from error
     return words | ({"<image>": words[_PICTURE]} if _PICTURE in words else {})

@@ -103,6 +103,8 @@ class LuminaProtocol(TokenProtocol):
         words = self.tokenizer.encode(text, add_special_tokens=False)
         return [*self._first, *words, self._turn, *self.null_ids(height, width)]
 
-    def null_ids(self, height: int, width: int) -> list[int]:
+    def null_ids(
+        self, height: int, width: int, prompt_ids: Sequence[int] = (), negative_prompt: str | None = None
+    ) -> list[int]:
         """What a picture begins with, and nothing else: this stream knows the size, but no words."""
         return [self._begin, self._sizes[height // PATCH], self._sizes[width // PATCH]]

@@ -27,6 +27,8 @@ class Raster:
         marks: names of the family's structure tokens; mark i has the id C + i.
         row_end: the mark behind each row, if any.
         tail: marks behind the last row.
+        between: ``row_end`` stands between rows only, not behind the last one (Emu3.5).
+        preview: (rows, columns) of a small grid of codes ahead of the picture, which is no part of it (GLM-Image).
     """
 
     rows: int
@@ -35,6 +37,8 @@ class Raster:
     marks: tuple[str, ...] = ()
     row_end: str | None = None
     tail: tuple[str, ...] = ()
+    between: bool = False
+    preview: tuple[int, int] = (0, 0)
 
     @property
     def row_length(self) -> int:
@@ -42,9 +46,19 @@ class Raster:
         return self.columns + (self.row_end is not None)
 
     @property
+    def first(self) -> int:
+        """The position of the picture's first code."""
+        return self.preview[0] * self.preview[1]
+
+    @property
+    def _behind(self) -> int:
+        """The position behind the last row."""
+        return self.first + self.rows * self.row_length - (self.between and self.row_end is not None)
+
+    @property
     def num_tokens(self) -> int:
         """N, tokens of a whole picture with its marks."""
-        return self.rows * self.row_length + len(self.tail)
+        return self._behind + len(self.tail)
 
     @property
     def vocab(self) -> int:
@@ -56,10 +70,14 @@ class Raster:
         """``{position: id}`` of the marks."""
         found = {}
         if self.row_end is not None:
-            end = self.codes + self.marks.index(self.row_end)
-            found = {row * self.row_length + self.columns: end for row in range(self.rows)}
-        behind = self.rows * self.row_length
-        return found | {behind + i: self.codes + self.marks.index(name) for i, name in enumerate(self.tail)}
+            end, rows = self.codes + self.marks.index(self.row_end), self.rows - self.between
+            found = {self.first + row * self.row_length + self.columns: end for row in range(rows)}
+        return found | {self._behind + i: self.codes + self.marks.index(name) for i, name in enumerate(self.tail)}
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[h, w] the position of each code of the picture."""
+        return self.first + self.row_length * torch.arange(self.rows)[:, None] + torch.arange(self.columns)
 
     def grammar(self, device: torch.device | str = "cpu") -> Grammar:
         """Marks are forced where they belong; everywhere else every code is allowed, and nothing but codes."""
@@ -76,8 +94,7 @@ class Raster:
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise InputError(f"tokens must be [B, {self.num_tokens}], not {tuple(tokens.shape)}")
-        lines = tokens[:, : self.rows * self.row_length].view(len(tokens), self.rows, self.row_length)
-        codes = lines[:, :, : self.columns]
+        codes = tokens[:, self.places.to(tokens.device)]
         if self.marks and bool((codes >= self.codes).any()):
             raise InputError("tokens have marks at the places of codes")
         return codes
@@ -86,13 +103,14 @@ class Raster:
         """Codes [B, h, w] to tokens [B, N], marks included; the inverse of :meth:`to_codes`.
 
         Raises:
-            InputError: for a grid of another shape.
+            InputError: for a grid of another shape, or a layout that holds more than this grid.
         """
+        if self.first:
+            raise InputError("a picture of this model begins with a preview of its own: it cannot be given")
         if codes.ndim != 3 or tuple(codes.shape[1:]) != (self.rows, self.columns):
             raise InputError(f"codes must be [B, {self.rows}, {self.columns}], not {tuple(codes.shape)}")
         tokens = codes.new_zeros(len(codes), self.num_tokens)
         for position, mark in self.forced.items():
             tokens[:, position] = mark
-        lines = tokens[:, : self.rows * self.row_length].view(len(codes), self.rows, self.row_length)
-        lines[:, :, : self.columns] = codes
+        tokens[:, self.places.to(codes.device)] = codes
         return tokens

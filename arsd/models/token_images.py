@@ -26,8 +26,10 @@ class TokenProtocol(ABC):
         mark_ids: the model's id of each structure token, in the order of the loop's ids (see :class:`Raster`).
         sampling: the sampling options published with the models (fields of :class:`arsd.decoding.LawConfig`).
         size: default side of a picture in pixels.
+        negative_prompt: the words of the unconditional stream where it has some, which a call may replace; else ``None``.
     """
 
+    negative_prompt: str | None = None
     code_ids: Tensor
     mark_ids: dict[str, int]
     sampling: dict[str, float]
@@ -57,8 +59,17 @@ class TokenProtocol(ABC):
         """
 
     @abstractmethod
-    def null_ids(self, height: int, width: int) -> list[int]:
-        """Ids of the unconditional stream."""
+    def null_ids(
+        self, height: int, width: int, prompt_ids: Sequence[int] = (), negative_prompt: str | None = None
+    ) -> list[int]:
+        """Ids of the unconditional stream.
+
+        Args:
+            height: of the picture that is made, in pixels.
+            width: likewise.
+            prompt_ids: those of the conditional stream, which some families blank out.
+            negative_prompt: words instead of :attr:`negative_prompt`, where the family has any.
+        """
 
     def image_only_ids(self, height: int, width: int, images: Sequence[Tensor]) -> list[int]:
         """Ids of the stream that has the pictures of a prompt without its text.
