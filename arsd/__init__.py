@@ -20,6 +20,9 @@ _LAZY = {
     "Autoregressive": "arsd.decoding.strategies",
     "CoolSD": "arsd.decoding.relaxed_strategies",
     "EXP3Spec": "arsd.decoding.bandit_strategies",
+    "Emu35Pipeline": "arsd.pipelines.emu3",
+    "Emu3Pipeline": "arsd.pipelines.emu3",
+    "Emu3VQTokenizer": "arsd.tokenizers.emu3",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
     "GenerateFnOutput": "arsd.generation",
@@ -71,11 +74,13 @@ if TYPE_CHECKING:
     from arsd.models.llamagen import LlamaGenTransformer
     from arsd.pipelines.anole import AnolePipeline
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
+    from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
     from arsd.pipelines.outputs import ARPipelineOutput
     from arsd.pipelines.video_llm import VideoLLMPipeline
     from arsd.provenance import save_png
+    from arsd.tokenizers.emu3 import Emu3VQTokenizer
     from arsd.tokenizers.vq import VQTokenizer
     from arsd.tokenizers.vqgan import VQGANTokenizer
 

@@ -3,6 +3,7 @@
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.outputs import ARPipelineOutput
@@ -12,6 +13,8 @@ __all__ = [
     "ARPipelineOutput",
     "AnolePipeline",
     "AutoARPipeline",
+    "Emu35Pipeline",
+    "Emu3Pipeline",
     "LlamaGenPipeline",
     "LuminaMGPTPipeline",
 ]

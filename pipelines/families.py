@@ -10,12 +10,13 @@ from arsd.errors import CheckpointError
 from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.token_images import TokenImagePipeline
 
 PIPELINES: dict[str, type[ARImagePipeline]] = {
-    cls.__name__: cls for cls in (LlamaGenPipeline, LuminaMGPTPipeline, AnolePipeline)
+    cls.__name__: cls for cls in (LlamaGenPipeline, LuminaMGPTPipeline, AnolePipeline, Emu3Pipeline, Emu35Pipeline)
 }
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 
@@ -98,6 +99,30 @@ FAMILIES = (
         "hub folder + vqgan.ckpt (Meta); Meta published no weights that draw well",
         "as anole",
         f"{_RANDOM}; logits against transformers",
+    ),
+    Family(
+        "emu3",
+        "Emu3-Gen (Emu3-Stage1, Emu3-Chat)",
+        "Emu3Pipeline",
+        "hub folder + the folder of BAAI/Emu3-VisionTokenizer",
+        "sizes in steps of 8 px, negative prompts, continuation, device maps",
+        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
+    ),
+    Family(
+        "emu3-hf",
+        "Emu3-Gen, Emu3-Chat (transformers layout)",
+        "Emu3Pipeline",
+        "hub folder (image tokenizer included)",
+        "as emu3",
+        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
+    ),
+    Family(
+        "emu3.5",
+        "Emu3.5-Image, Emu3.5 (34B)",
+        "Emu35Pipeline",
+        "hub folder + the folder of BAAI/Emu3.5-VisionTokenizer + src/tokenizer_emu3_ibq of its code",
+        "sizes in steps of 16 px, continuation, device maps",
+        f"{_RANDOM}; logits against an independent forward, pictures against an independent decoder",
     ),
 )
 

@@ -90,9 +90,9 @@ class TokenImagePipeline(ARImagePipeline):
                 object.
             dtype: of all weights (``torch_dtype`` is the same); by default that of the files.
             image_size: side of a square picture; by default what the folder's name says (512, 768, 1024), else the family's.
-            options: components (``decoder=...``, ``drafter=...``), ``revision`` and ``cache_dir`` of the hub, and what
-                transformers' ``from_pretrained`` takes: ``device_map``, ``max_memory``, ``offload_folder``,
-                ``quantization_config``, ``attn_implementation``.
+            options: components (``decoder=...``, ``drafter=...``, ``tokenizer=...``, also as a folder), ``revision`` and
+                ``cache_dir`` of the hub, and what transformers' ``from_pretrained`` takes: ``device_map``, ``max_memory``,
+                ``offload_folder``, ``quantization_config``, ``attn_implementation``.
 
         Raises:
             CheckpointError: for a folder of another kind, missing or damaged files, or a tokenizer that does not fit.
@@ -119,17 +119,29 @@ class TokenImagePipeline(ARImagePipeline):
             raise CheckpointError(f"{folder} holds {found}, not those of {cls.__name__}: give another folder")
         names = ("decoder", "drafter", "sampling", "tokenizer", "vq")
         own = {name: options.pop(name) for name in names if name in options}
-        tokenizer = own.pop("tokenizer", None) or cls.files.tokenizer(folder)
+        tokenizer = own.pop("tokenizer", folder)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = cls.files.tokenizer(Path(tokenizer))
         source = cls.files.vq_source(folder) if vq is None else given["vq"]
         image_tokenizer = own.pop("vq", None) or cls._image_tokenizer(source, dtype)
         transformer = cls.files.network(folder, dtype=dtype, **options)
-        named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name)
-        size = image_size or (int(named[1]) if named else None)
-        pipe = cls(transformer, image_tokenizer, tokenizer, image_size=size, **own)
+        pipe = cls(transformer, image_tokenizer, tokenizer, image_size=image_size or cls._size_of(folder), **own)
         pipe.protocol  # noqa: B018  a tokenizer that does not fit is refused now, not at the first prompt
-        files = [source] if isinstance(source, (str, Path)) else []
+        files = [source] if isinstance(source, (str, Path)) and Path(source) != folder else []
         pipe.remember_sources(folder, *files, parts={name: part for name, part in given.items() if name not in options})
         return pipe
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        """What ``from_pipe`` hands over; diffusers reads the annotations, and ``vq`` is of the class that the family has."""
+        types: dict[str, Any] = super()._get_signature_types()
+        return types | {"vq": (cls.files.vq_class,)}
+
+    @classmethod
+    def _size_of(cls, folder: Path) -> int | None:
+        """The side of pictures that a published folder tells, if it does: by its name."""
+        named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name)
+        return int(named[1]) if named else None
 
     @classmethod
     def _image_tokenizer(cls, source: Any, dtype: torch.dtype | None) -> Any:
@@ -285,8 +297,9 @@ class TokenImagePipeline(ARImagePipeline):
                     raise InputError(f"the drafter has {known} ids, the model {words}: it belongs to another model")
                 condition = drafter.embed_tokens(conditions.ids).to(condition.dtype)
             head = self._head(model, condition.device)
-            parts = (self._decoder(model).rotary_emb, head, self._embed(model), condition)
-            ids = self.protocol.local_ids.to(condition.device)
+            embed = self._code_embedding(model, condition.device)
+            parts = (self._decoder(model).rotary_emb, head, embed, condition)
+            ids = None if drafter.embed_tokens is None else self.protocol.local_ids.to(condition.device)
             rest = (conditions.padding, batch, conditions.given)
             return EagleDraftModel(drafter, *parts, total, window, *rest, count_padding=False, ids=ids)
 

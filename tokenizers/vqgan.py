@@ -37,6 +37,8 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
             Attention in the middle is always there.
         norm_type: ``"group"`` (taming), or ``"spatial"``: the decoder scales and shifts its normalised features by the
             codes at the same place (MoVQGAN). The latter needs ``codebook_dim`` equal to ``latent_channels``.
+        lookup: a latent's code is the one at the least Euclidean ``"distance"``, or the one with the largest inner product
+            (``"dot"``: IBQ, arXiv 2412.02692, the tokenizer of Emu3.5).
 
     Raises:
         InputError: for sizes that cannot be built.
@@ -52,6 +54,7 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
         layers_per_block: int = 2,
         attention_levels: Sequence[int] = (),
         norm_type: str = "group",
+        lookup: str = "distance",
     ) -> None:
         super().__init__()
         levels = range(len(block_out_channels))
@@ -61,6 +64,8 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
             raise InputError(f"attention_levels must be indices below {len(levels)}, not {list(attention_levels)}")
         if norm_type not in ("group", "spatial"):
             raise InputError(f'norm_type must be "group" or "spatial", not {norm_type!r}')
+        if lookup not in ("distance", "dot"):
+            raise InputError(f'lookup must be "distance" or "dot", not {lookup!r}')
         if norm_type == "spatial" and codebook_dim != latent_channels:
             raise InputError(f"spatial norms need codebook_dim {codebook_dim} equal to latent_channels {latent_channels}")
         attends = [level in attention_levels for level in levels]
@@ -108,7 +113,8 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
         if not sides_fit or images.shape[1] != 3:
             raise InputError(f"pictures must be [B, 3, H, W] with sides in multiples of {factor}, not {tuple(images.shape)}")
         latents = self.latents(images.to(self.dtype))
-        return _nearest(latents.flatten(0, 2), self.codebook).view(latents.shape[:3])
+        find = _nearest if self.config["lookup"] == "distance" else _largest
+        return find(latents.flatten(0, 2), self.codebook).view(latents.shape[:3])
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -147,3 +153,11 @@ def _nearest(latents: Tensor, codes: Tensor) -> Tensor:
         distances = (part.square().sum(1, keepdim=True) + lengths).sub_(part @ codes.T, alpha=2)
         ids.append(distances.argmin(1))
     return torch.cat(ids)
+
+
+def _largest(latents: Tensor, codes: Tensor) -> Tensor:
+    """Ids [N] of the ``codes`` [C, e] with the largest inner products with ``latents`` [N, e]."""
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    codes = codes.to(dtype)
+    parts = latents.to(dtype).split(max(1, _DISTANCES // len(codes)))
+    return torch.cat([(part @ codes.T).argmax(1) for part in parts])

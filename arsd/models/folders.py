@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,16 +128,12 @@ def load_network(
         InputError: when weights go to disk without an ``offload_folder``.
     """
     weight_map(folder)
+    wanted = {"key_mapping": dict(renames) if renames else None, "dtype": "auto" if dtype is None else dtype}
     try:
-        model, found = cls.from_pretrained(
-            folder,
-            config=config,
-            key_mapping=dict(renames) if renames else None,
-            dtype="auto" if dtype is None else dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with _no_report():
+            model, found = cls.from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **wanted, **options
+            )
     except ValueError as error:
         if "offload_folder" in str(error):
             raise InputError("the device_map puts weights on disk: give offload_folder=..., a folder for them") from error
@@ -149,6 +147,8 @@ def load_network(
     problems = [f"{what} {_listed(keys)}" for what, keys in odd.items() if keys]
     if shapes or problems:
         raise CheckpointError(f"{folder} is no {cls.__name__} ({'; '.join(problems + shapes[:1])}): give a published folder")
+    if renames:  # or save_pretrained would write the published keys, which no class of transformers reads by itself
+        model.__dict__.pop("_weight_conversions", None)
     model.config.name_or_path = str(folder)
     return model.eval()
 
@@ -191,3 +191,18 @@ def load_fast_tokenizer(folder: Path, **special: Any) -> PreTrainedTokenizerFast
 def _listed(keys: Iterable[str]) -> str:
     names = sorted(keys)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of missing and surplus keys, which :func:`load_network` judges itself."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)

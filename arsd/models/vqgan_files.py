@@ -85,7 +85,11 @@ def vqgan_config(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Any
 
 
 def load_vqgan(
-    source: str | Path | Mapping[str, Tensor], *, name: str | None = None, dtype: torch.dtype | None = None
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    lookup: str = "distance",
 ) -> VQGANTokenizer:
     """Load an upstream VQGAN or MoVQGAN tokenizer in evaluation mode on the CPU.
 
@@ -94,6 +98,7 @@ def load_vqgan(
             Keys may start with ``model.vqmodel.``. The tensors are copied, and the mapping stays as it is.
         name: what messages call the source; by default the path.
         dtype: dtype of all parameters; by default that of the codebook.
+        lookup: how codes are found, see :class:`VQGANTokenizer`; files do not tell.
 
     Raises:
         CheckpointError: when the file cannot be read, lacks keys (all of the decoder's, for instance), has other keys
@@ -106,7 +111,7 @@ def load_vqgan(
     del tensors, short
     config = vqgan_config(state, name)
     with torch.device("meta"):
-        tokenizer = VQGANTokenizer(**config)
+        tokenizer = VQGANTokenizer(**config, lookup=lookup)
     layout, ours = _layout(tokenizer), tokenizer.state_dict()
     check_keys(state, layout, name, "MoVQGAN" if config["norm_type"] == "spatial" else "VQGAN")
     check_tensors(state, {key: _upstream(key, ours[mine]).shape for key, mine in layout.items()}, name)
