@@ -313,6 +313,23 @@ def test_layers_on_disk_paint_the_same(samples, tmp_path):
         assert torch.equal(drawn(pipe, sample).tokens, drawn(samples.pipe(kind), sample).tokens)
 
 
+def test_the_command_line_takes_all_parts(samples, command, tmp_path):
+    sample = samples.sample("emu3.5")
+    shutil.copytree(sample.folder, tmp_path / "model", ignore=lambda folder, names: [n for n in names if "emu3" in n])
+    parts = ("--model", tmp_path / "model", "--vq", sample.options["vq"], "--tokenizer", sample.folder)
+    size = ("--height", 32, "--width", 48, "--dtype", "float32")
+    status, out, _ = command("generate", "a cat", *parts, *size, "--out", tmp_path / "out", "--compare")
+    assert status == 0 and "same tokens" in out
+    status, out, _ = command("verify", *(tmp_path / "out").glob("*.png"), *parts)
+    assert status == 0 and "verified" in out
+    status, _, err = command("generate", "a cat", *parts, *size, "--out", tmp_path / "no", "--negative-prompt", "x")
+    assert status == 2 and "leave out negative_prompt" in err[-1]
+    parts = ("--model", samples.sample("emu3").folder, "--vq", samples.sample("emu3").options["vq"], "--dtype", "float32")
+    words = ("generate", "a cat", "--height", 16, "--width", 16, "--negative-prompt", "blue", "--out", tmp_path / "blue")
+    assert command(*words, *parts)[0] == 0
+    assert command("verify", *(tmp_path / "blue").glob("*.png"), *parts[:4])[0] == 0
+
+
 def test_the_reference_tells_models_apart():
     """Norms of queries and keys, and heads that share keys, change the logits of the reference forward."""
     ids = torch.arange(6)

@@ -31,17 +31,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_component_options(parser: argparse.ArgumentParser) -> None:
-    """--vq, --text-encoder, --image-size: what published files leave out."""
+    """--vq, --tokenizer, --text-encoder, --image-size: what published files leave out."""
     parser.add_argument("--vq", metavar="PATH", help="image tokenizer, where it is not beside a published model")
+    parser.add_argument("--tokenizer", metavar="DIR", help="text tokenizer, likewise (Emu3.5)")
     parser.add_argument("--text-encoder", metavar="DIR", help="text encoder of a published LlamaGen text model")
     parser.add_argument("--image-size", type=int, help="pixels of a square picture, where a published folder does not tell")
 
 
 def components(arguments: argparse.Namespace) -> dict[str, Any]:
     """The components that were given, as arguments of ``AutoARPipeline.from_pretrained``."""
-    return {
-        name: value for name in ("vq", "text_encoder", "image_size") if (value := getattr(arguments, name, None)) is not None
-    }
+    names = ("vq", "tokenizer", "text_encoder", "image_size")
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:

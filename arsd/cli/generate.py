@@ -29,6 +29,7 @@ def add_parser(commands: Any) -> None:
         "--decoder", default=None, help="ar, sjd, sjd:window=16,coupling=maximal, ... (default: the model's own)"
     )
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="instead of the published one (Emu3, SimpleAR)")
     parser.add_argument("--image", metavar="FILE", help="a picture to be continued: its upper part is kept")
     parser.add_argument("--strength", type=float, default=0.5, help="share of --image that is made anew (default: 0.5)")
     add_sampling_options(parser)
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     if taken and not arguments.overwrite:
         raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
     options = {"num_images_per_prompt": arguments.n, **size(arguments), **sampling(arguments)}
+    if arguments.negative_prompt is not None:
+        options["negative_prompt"] = arguments.negative_prompt
     if arguments.image is not None:
         options |= {"image": open_picture(arguments.image), "strength": arguments.strength}
     out.mkdir(parents=True, exist_ok=True)
