@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import test_continuation
+import test_emu3
 import test_families
 import test_llamagen_published
 import torch
@@ -15,9 +17,11 @@ from tiny_pipeline import hushed, text_pipeline
 from arsd.decoding import laws
 from arsd.errors import ArsdError
 from arsd.models import target
+from arsd.models.emu3 import Emu3Protocol, Emu35Protocol
 from arsd.models.raster import Raster
 from arsd.models.token_images import CodeHead, TokenProtocol
 from arsd.pipelines import prefix
+from arsd.tokenizers import vqgan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no size that")
 
@@ -131,3 +135,27 @@ def test_a_third_stream_that_is_mixed_the_other_way(samples, monkeypatch, tmp_pa
 
     monkeypatch.setattr(laws.Laws, "_guide", mixed)
     caught(test_families.test_pictures_of_a_prompt_make_a_third_stream, samples, tmp_path)
+
+
+def test_a_line_mark_behind_the_last_row(samples, monkeypatch):
+    """Of Emu3.5, whose rows are separated, not ended."""
+    made = Emu35Protocol._raster
+    monkeypatch.setattr(Emu35Protocol, "_raster", lambda self, *size: replace(made(self, *size), between=False))
+    caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, samples, "emu3.5")
+
+
+def test_a_width_that_comes_first(samples, monkeypatch):
+    made = Emu3Protocol._opening
+    monkeypatch.setattr(Emu3Protocol, "_opening", lambda self, height, width: made(self, width, height))
+    caught(test_families.test_prompts_of_both_streams_are_upstreams, samples, "emu3")
+
+
+def test_a_negative_prompt_that_is_ignored(samples, monkeypatch, tmp_path):
+    made = Emu3Protocol.null_ids
+    monkeypatch.setattr(Emu3Protocol, "null_ids", lambda self, height, width, *rest: made(self, height, width))
+    caught(test_emu3.test_a_negative_prompt_replaces_the_published_one, samples, tmp_path)
+
+
+def test_codes_that_are_looked_up_by_distance(samples, monkeypatch):
+    monkeypatch.setattr(vqgan, "_largest", vqgan._nearest)
+    caught(test_emu3.test_codes_of_emu3_5_are_the_largest_inner_products, samples)
