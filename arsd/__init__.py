@@ -30,6 +30,7 @@ _LAZY = {
     "Hybrid": "arsd.decoding.model_strategies",
     "Lantern": "arsd.decoding.relaxed_strategies",
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
+    "JanusPipeline": "arsd.pipelines.janus",
     "LayerSkip": "arsd.decoding.layer_skip",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from arsd.pipelines.anole import AnolePipeline
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
     from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+    from arsd.pipelines.janus import JanusPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
     from arsd.pipelines.outputs import ARPipelineOutput

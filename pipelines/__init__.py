@@ -4,6 +4,7 @@ from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+from arsd.pipelines.janus import JanusPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.outputs import ARPipelineOutput
@@ -15,6 +16,7 @@ __all__ = [
     "AutoARPipeline",
     "Emu35Pipeline",
     "Emu3Pipeline",
+    "JanusPipeline",
     "LlamaGenPipeline",
     "LuminaMGPTPipeline",
 ]

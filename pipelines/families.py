@@ -11,13 +11,19 @@ from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+from arsd.pipelines.janus import JanusPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.token_images import TokenImagePipeline
 
-PIPELINES: dict[str, type[ARImagePipeline]] = {
-    cls.__name__: cls for cls in (LlamaGenPipeline, LuminaMGPTPipeline, AnolePipeline, Emu3Pipeline, Emu35Pipeline)
-}
+_TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
+    LuminaMGPTPipeline,
+    AnolePipeline,
+    JanusPipeline,
+    Emu3Pipeline,
+    Emu35Pipeline,
+)
+PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in (LlamaGenPipeline, *_TOKEN_IMAGES)}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 
 
@@ -101,12 +107,28 @@ FAMILIES = (
         f"{_RANDOM}; logits against transformers",
     ),
     Family(
+        "janus",
+        "Janus-Pro 1B, 7B (transformers layout)",
+        "JanusPipeline",
+        "hub folder of deepseek-community (image tokenizer included)",
+        "384 px, continuation, EAGLE and small-model drafters, device maps",
+        f"{_RANDOM}; logits, greedy pictures and decoding against transformers",
+    ),
+    Family(
+        "janus-original",
+        "Janus-Pro 1B, 7B, Janus-1.3B (deepseek-ai)",
+        "JanusPipeline",
+        "hub folder of deepseek-ai (image tokenizer included); its code is not needed",
+        "as janus; prompts of Janus-1.3B spell out their turns",
+        f"{_RANDOM}; logits, greedy pictures and decoding against transformers",
+    ),
+    Family(
         "emu3",
         "Emu3-Gen (Emu3-Stage1, Emu3-Chat)",
         "Emu3Pipeline",
         "hub folder + the folder of BAAI/Emu3-VisionTokenizer",
         "sizes in steps of 8 px, negative prompts, continuation, device maps",
-        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
+        f"{_RANDOM}; logits against an independent forward, pictures against an independent decoder",
     ),
     Family(
         "emu3-hf",
@@ -114,7 +136,7 @@ FAMILIES = (
         "Emu3Pipeline",
         "hub folder (image tokenizer included)",
         "as emu3",
-        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
+        f"{_RANDOM}; as emu3, and greedy pictures against transformers",
     ),
     Family(
         "emu3.5",
@@ -151,8 +173,7 @@ def recognise(path: str | Path) -> str:
         raise CheckpointError(f"{path} holds weights of no model that arsd knows: see arsd models")
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: check the path")
-    readers = [cls.files.find_kind for cls in PIPELINES.values() if issubclass(cls, TokenImagePipeline)]
-    for find_kind in dict.fromkeys(readers):
+    for find_kind in dict.fromkeys(cls.files.find_kind for cls in _TOKEN_IMAGES):
         if (kind := find_kind(path)) is not None:
             return kind
     held = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)

@@ -209,22 +209,29 @@ def vq_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
     }
 
 
-def load_vq(path: str | Path, *, dtype: torch.dtype | None = None) -> VQTokenizer:
+def load_vq(source: str | Path | Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> VQTokenizer:
     """Load an upstream VQ tokenizer (``vq_ds16_c2i.pt`` and its siblings) in evaluation mode on the CPU.
 
     Args:
-        path: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`, or a folder of the hub.
+        source: ``.pt``/``.pth`` or ``.safetensors`` file, see :func:`read_state_dict`, or a folder of the hub; or tensors by
+            upstream's keys or those of transformers' ``JanusVQVAE``. They are copied.
         dtype: dtype of all parameters, by default that of the codebook in the file.
 
     Raises:
         CheckpointError: when the file cannot be read, lacks keys, has other keys (``quantize.codebook_used`` is
             dropped), a shape does not fit, or ``config.json`` is not that of the weights.
     """
-    path, notes = _located(Path(path))
-    state = {key: value for key, value in read_state_dict(path).items() if key != _CODES_USED}
+    path: str | Path = "the image tokenizer"
+    notes: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        tensors = {_upstream_vq(key): value for key, value in source.items()}
+    else:
+        path, notes = _located(Path(source))
+        tensors = read_state_dict(path)
+    state = {key: value for key, value in tensors.items() if key != _CODES_USED}
     config = vq_config(state, path)
     sizes = {"codebook_size": config["codebook_size"], "codebook_embed_dim": config["codebook_dim"]}
-    _check_config(notes, sizes | {"codebook_l2_norm": True}, path)
+    _check_config(notes, sizes | {"codebook_l2_norm": True}, Path(path))
     with torch.device("meta"):
         tokenizer = VQTokenizer(**config)
     layout = _vq_layout(tokenizer)
@@ -332,13 +339,13 @@ def _transformer_layout(layers: int, condition: str) -> Layout:
 
 
 def _vq_layout(vq: VQTokenizer) -> Layout:
-    layout: Layout = {}
-    for name in vq.state_dict():
-        key = name.removeprefix("net.")
-        for mine, theirs in _VQ_RENAMES:
-            key = key.replace(mine, theirs)
-        layout[key] = (name,)
-    return layout
+    return {_upstream_vq(name.removeprefix("net.")): (name,) for name in vq.state_dict()}
+
+
+def _upstream_vq(key: str) -> str:
+    for mine, theirs in _VQ_RENAMES:
+        key = key.replace(mine, theirs)
+    return key
 
 
 def _check(state: Mapping[str, Tensor], layout: Layout, model: nn.Module, path: str | Path) -> None:
