@@ -18,6 +18,7 @@ _LAZY = {
     "ArsdError": "arsd.errors",
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
+    "CosmosTokenizer": "arsd.tokenizers.cosmos",
     "CoolSD": "arsd.decoding.relaxed_strategies",
     "EXP3Spec": "arsd.decoding.bandit_strategies",
     "Emu35Pipeline": "arsd.pipelines.emu3",
@@ -31,6 +32,7 @@ _LAZY = {
     "Lantern": "arsd.decoding.relaxed_strategies",
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
     "JanusPipeline": "arsd.pipelines.janus",
+    "LiquidPipeline": "arsd.pipelines.liquid",
     "LayerSkip": "arsd.decoding.layer_skip",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
@@ -38,6 +40,7 @@ _LAZY = {
     "PromptLookup": "arsd.decoding.lookup",
     "PassCosts": "arsd.decoding.costs",
     "PublishedCoolSD": "arsd.decoding.relaxed_strategies",
+    "SimpleARPipeline": "arsd.pipelines.simplear",
     "SJD": "arsd.decoding.strategies",
     "SmallARDrafter": "arsd.decoding.small_ar",
     "SparseToDense": "arsd.decoding.sparse_to_dense",
@@ -77,11 +80,14 @@ if TYPE_CHECKING:
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
     from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
     from arsd.pipelines.janus import JanusPipeline
+    from arsd.pipelines.liquid import LiquidPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
     from arsd.pipelines.outputs import ARPipelineOutput
+    from arsd.pipelines.simplear import SimpleARPipeline
     from arsd.pipelines.video_llm import VideoLLMPipeline
     from arsd.provenance import save_png
+    from arsd.tokenizers.cosmos import CosmosTokenizer
     from arsd.tokenizers.emu3 import Emu3VQTokenizer
     from arsd.tokenizers.vq import VQTokenizer
     from arsd.tokenizers.vqgan import VQGANTokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 from arsd.errors import InputError
 
 KEY = "arsd"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".jit")
 _NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
 
 

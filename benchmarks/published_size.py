@@ -1,10 +1,11 @@
 """A published checkpoint at its full size, with random weights: does it load without a second copy, what does a pass cost?
 
-Writes Lumina-mGPT 7B (or fewer layers) in the layout of the hub, loads it while it watches how much memory is its own
-(anonymous, not pages of the file), and decodes the beginning of a picture with plain AR and SJD.
+Writes Lumina-mGPT 7B (or fewer layers) or Janus-Pro 1B in the layout of the hub, loads it while it watches how much memory
+is its own (anonymous, not pages of the file), and decodes the beginning of a picture with plain AR and SJD.
 
-    python benchmarks/published_size.py --folder lumina-7b            # 14 GB of disk, 20 GB of memory
-    python benchmarks/published_size.py --folder lumina-7b --layers 4  # a small rehearsal
+    python benchmarks/published_size.py --folder lumina-7b                      # 14 GB of disk, 20 GB of memory
+    python benchmarks/published_size.py --folder lumina-7b --layers 4           # a small rehearsal
+    python benchmarks/published_size.py --folder janus-1b --model janus-pro-1b  # 4 GB of disk, 8 GB of memory
 
 Random weights say nothing about tokens per pass; the passes of both strategies are counted only to show the shapes.
 """
@@ -29,6 +30,8 @@ import arsd
 from arsd.cli.common import quiet, table
 from arsd.devices import device_kind, resolve_device
 from arsd.models.anole import PLACEHOLDER
+from arsd.models.janus import BEGIN as BEGIN_OF_IMAGE
+from arsd.models.janus import FIRST, PAD, ROLES
 from arsd.models.lumina import BEGIN, END, END_OF_TURN
 
 CODES, VOCABULARY, WIDTH, HIDDEN, HEADS = 8192, 65536, 4096, 11008, 32
@@ -45,9 +48,7 @@ def words() -> dict[str, int]:
 
 
 def write(folder: Path, layers: int) -> None:
-    """The folder, one shard for each two layers; nothing where it is there already."""
-    if (folder / "vqgan.ckpt").is_file():
-        return
+    """The folder, one shard for each two layers."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     place = 0
@@ -90,13 +91,36 @@ def write(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(
         json.dumps(config | {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 2})
     )
-    tokenizer = Tokenizer(models.BPE(vocab=words(), merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(w, normalized=False) for w in words() if len(w) > 1])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    write_tokenizer(folder, words(), {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     arsd.VQGANTokenizer().save_single_file(folder / "vqgan.ckpt")
+
+
+def write_janus(folder: Path, layers: int) -> None:
+    """Janus-Pro 1B as transformers saves it."""
+    from transformers import JanusConfig, JanusForConditionalGeneration
+
+    text = {"model_type": "llama", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 5632}
+    text |= {"num_hidden_layers": layers, "num_attention_heads": 16, "max_position_embeddings": 16384}
+    config = JanusConfig(text_config=text, vision_config={}, vq_config={}, tie_word_embeddings=False)
+    config.dtype = torch.bfloat16
+    JanusForConditionalGeneration._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = [*letters, FIRST, PAD, BEGIN_OF_IMAGE, *ROLES]
+    write_tokenizer(folder, {word: i for i, word in enumerate(known)}, {"bos_token": FIRST, "pad_token": PAD})
+
+
+def write_tokenizer(folder: Path, known: dict[str, int], special: dict[str, str]) -> None:
+    """One that cuts text into bytes."""
+    tokenizer = Tokenizer(models.BPE(vocab=known, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(w, normalized=False) for w in known if len(w) > 1])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    notes = {**special, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(notes))
+
+
+MODELS: dict[str, tuple[Any, int, int]] = {"lumina-mgpt-7b": (write, 32, 256), "janus-pro-1b": (write_janus, 24, 384)}
+"""How it is written, its layers, and the side of the pictures in pixels."""
 
 
 class Anonymous:
@@ -145,7 +169,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         pipe._interrupt = step + 1 >= arguments.passes
         return {}
 
-    call = {"prompt": "a red apple", "height": 256, "width": 256, "output_type": "latent", "callback_on_step_end": stop}
+    side = MODELS[arguments.model][2]
+    call = {"prompt": "a red apple", "height": side, "width": side, "output_type": "latent", "callback_on_step_end": stop}
     pipe._known_hash = (str(pipe.config.get("_name_or_path") or ""), None)  # no profile, and no hashing of 14 GB
     for decoder in arguments.decoders:
         seconds = []
@@ -167,7 +192,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or is to be written")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", choices=MODELS, default="lumina-mgpt-7b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--decoders", nargs="+", default=["ar", "sjd:window=8", "sjd:window=16", "sjd:window=32"])
     parser.add_argument("--passes", type=int, default=4, help="passes per reading")
     parser.add_argument("--repeats", type=int, default=3)
@@ -175,7 +201,9 @@ def main() -> int:
     parser.add_argument("--write-only", action="store_true")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
-    write(arguments.folder, arguments.layers)
+    if not (arguments.folder / "tokenizer_config.json").is_file():  # written last, or nearly
+        writer, layers, _ = MODELS[arguments.model]
+        writer(arguments.folder, arguments.layers or layers)
     if arguments.write_only:
         return 0
     report = measure(arguments)

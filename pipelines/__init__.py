@@ -5,9 +5,11 @@ from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.janus import JanusPipeline
+from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.outputs import ARPipelineOutput
+from arsd.pipelines.simplear import SimpleARPipeline
 
 __all__ = [
     "ARImagePipeline",
@@ -17,6 +19,8 @@ __all__ = [
     "Emu35Pipeline",
     "Emu3Pipeline",
     "JanusPipeline",
+    "LiquidPipeline",
     "LlamaGenPipeline",
     "LuminaMGPTPipeline",
+    "SimpleARPipeline",
 ]

@@ -12,8 +12,10 @@ from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.janus import JanusPipeline
+from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
+from arsd.pipelines.simplear import SimpleARPipeline
 from arsd.pipelines.token_images import TokenImagePipeline
 
 _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
@@ -22,8 +24,11 @@ _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     JanusPipeline,
     Emu3Pipeline,
     Emu35Pipeline,
+    SimpleARPipeline,
+    LiquidPipeline,
 )
-PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in (LlamaGenPipeline, *_TOKEN_IMAGES)}
+_ALL: tuple[type[ARImagePipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES)
+PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in _ALL}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 
 
@@ -145,6 +150,22 @@ FAMILIES = (
         "hub folder + the folder of BAAI/Emu3.5-VisionTokenizer + src/tokenizer_emu3_ibq of its code",
         "sizes in steps of 16 px, continuation, device maps",
         f"{_RANDOM}; logits against an independent forward, pictures against an independent decoder",
+    ),
+    Family(
+        "simplear",
+        "SimpleAR 0.5B, 1.5B (SFT, RL)",
+        "SimpleARPipeline",
+        "hub folder + encoder.jit and decoder.jit of nvidia/Cosmos-1.0-Tokenizer-DV8x16x16",
+        "1024 px (other squares up to it), negative prompts, continuation, device maps",
+        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
+    ),
+    Family(
+        "liquid",
+        "Liquid 7B",
+        "LiquidPipeline",
+        "hub folder + chameleon/vqgan.ckpt (Meta)",
+        "512 px, continuation, device maps",
+        f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
     ),
 )
 

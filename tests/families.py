@@ -27,6 +27,8 @@ FAMILY_MODULES = {
     "family_chameleon": ("lumina-mgpt", "lumina-mgpt-2", "anole", "anole-meta", "chameleon"),
     "family_emu3": ("emu3", "emu3-hf", "emu3.5"),
     "family_janus": ("janus", "janus-original"),
+    "family_simplear": ("simplear",),
+    "family_liquid": ("liquid",),
 }
 KINDS = tuple(kind for kinds in FAMILY_MODULES.values() for kind in kinds)
 
