@@ -16,8 +16,9 @@ from tiny_pipeline import hushed, text_pipeline
 
 from arsd.decoding import laws
 from arsd.errors import ArsdError
-from arsd.models import target
+from arsd.models import liquid, target
 from arsd.models.emu3 import Emu3Protocol, Emu35Protocol
+from arsd.models.janus import JanusForImageGeneration, JanusProtocol
 from arsd.models.raster import Raster
 from arsd.models.token_images import CodeHead, TokenProtocol
 from arsd.pipelines import prefix
@@ -159,3 +160,38 @@ def test_a_negative_prompt_that_is_ignored(samples, monkeypatch, tmp_path):
 def test_codes_that_are_looked_up_by_distance(samples, monkeypatch):
     monkeypatch.setattr(vqgan, "_largest", vqgan._nearest)
     caught(test_emu3.test_codes_of_emu3_5_are_the_largest_inner_products, samples)
+
+
+def test_an_unconditional_stream_that_is_short(samples, monkeypatch):
+    """Of Janus-Pro, whose padding is read."""
+    monkeypatch.setattr(JanusProtocol, "null_ids", lambda self, *rest: [self._first, self._begin])
+    caught(test_families.test_prompts_of_both_streams_are_upstreams, samples, "janus")
+
+
+def test_codes_that_are_not_lifted(samples, monkeypatch):
+    logits_test(samples, "janus")
+    width = samples.pipe("janus").transformer.config.text_config.hidden_size
+
+    def unlifted(self: Any) -> Any:
+        return lambda codes: torch.nn.functional.pad(self.generation_embeddings(codes), (0, width))[..., :width]
+
+    monkeypatch.setattr(JanusForImageGeneration, "code_embedding", property(unlifted))
+    caught(logits_test, samples, "janus")
+
+
+def test_codes_that_begin_one_word_too_late(samples, monkeypatch):
+    for kind in ("simplear", "liquid"):
+        monkeypatch.setattr(samples.pipe(kind).protocol, "code_ids", samples.pipe(kind).protocol.code_ids - 1)
+        caught(test_families.test_every_sequence_is_a_whole_picture_by_upstreams_rules, samples, kind)
+
+
+def test_a_plain_gelu(samples, monkeypatch):
+    """Of Liquid, whose configuration names the wrong one."""
+
+    def plain(cls: Any, content: dict[str, Any], path: Any) -> Any:
+        config = cls.from_dict(content)
+        config.hidden_act = config.hidden_activation = "gelu"
+        return config
+
+    monkeypatch.setattr(liquid, "load_config", plain)
+    caught(logits_test, samples, "liquid")
