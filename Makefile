@@ -47,6 +47,8 @@ test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding test
 	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py tests/test_text_encoders.py tests/test_vqgan.py \
 	    tests/test_chameleon.py tests/test_chameleon_files.py tests/test_families.py tests/test_continuation.py \
 	    tests/test_generate_fn.py tests/test_generate_fn_limits.py tests/test_llamagen_published.py tests/test_diffusers_manners.py \
+	    tests/test_emu3.py tests/test_janus.py tests/test_janus_files.py tests/test_simplear.py tests/test_liquid.py \
+	    tests/test_cosmos_tokenizer.py tests/test_glm_image.py tests/test_glm_acceleration.py tests/test_glm_painting.py \
 	    tests/test_sparse_to_dense.py tests/test_selection.py tests/test_video_llm.py tests/test_layer_skip.py
 
 lint: $(VENV)/.stamp-test ## ruff and mypy

@@ -16,6 +16,7 @@ _LAZY = {
     "AnolePipeline": "arsd.pipelines.anole",
     "ARPipelineOutput": "arsd.pipelines.outputs",
     "ArsdError": "arsd.errors",
+    "accelerate": "arsd.pipelines.glm_acceleration",
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
     "CosmosTokenizer": "arsd.tokenizers.cosmos",
@@ -26,6 +27,7 @@ _LAZY = {
     "Emu3VQTokenizer": "arsd.tokenizers.emu3",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
+    "GLMImagePipeline": "arsd.pipelines.glm_image",
     "GenerateFnOutput": "arsd.generation",
     "GroupedSD": "arsd.decoding.relaxed_strategies",
     "Hybrid": "arsd.decoding.model_strategies",
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
     from arsd.pipelines.anole import AnolePipeline
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
     from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+    from arsd.pipelines.glm_acceleration import accelerate
+    from arsd.pipelines.glm_image import GLMImagePipeline
     from arsd.pipelines.janus import JanusPipeline
     from arsd.pipelines.liquid import LiquidPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline

@@ -206,18 +206,20 @@ def _judge(
         return [Verification("", UNKNOWN, "it was stopped before all of it was recomputed") for _ in cases]
     probe = pipe.arithmetic_probe(batch, pass_tokens, law.guidance_scale != 1)
     passes = stats.forward_passes + stats.prefill_passes
-    decoded = (pipe.decode_pixels(replay.tokens[: len(cases)], raster).float().clamp(-1, 1) + 1) / 2
+    decoded = pipe.paint(replay.tokens[: len(cases)], raster, [case.record for case in cases])
     results = []
     for b, case in enumerate(cases):
         exact = case.record.get("probe") == probe
         flips, hard = int(replay.flips[b].sum()), int((replay.gaps[b] > MARGINS[dtype]).sum())
-        pixels = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
+        pixels: bool | None = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
+        if not (pixels or exact or pipe._same_pixels_elsewhere):
+            pixels = None
         results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes, first, raster.num_tokens))
     return results
 
 
 def _verdict(
-    exact: bool, flips: int, hard: int, allowed: int, pixels: bool, passes: int, given: int, total: int
+    exact: bool, flips: int, hard: int, allowed: int, pixels: bool | None, passes: int, given: int, total: int
 ) -> Verification:
     """What the figures of one picture say; with the same arithmetic nothing may differ at all."""
     near = 0 if exact else flips - hard
@@ -229,6 +231,8 @@ def _verdict(
         result, reason = REFUTED, f"{mismatches} of its tokens are not what its seed gives"
     elif near > allowed:
         result, reason = REFUTED, f"{near} near-ties went the other way, more than other arithmetic explains ({allowed})"
+    elif pixels is None:
+        result, reason = UNKNOWN, "its tokens are those of its seed, but other arithmetic than here painted its pixels"
     elif not pixels:
         result, reason = REFUTED, "its pixels are not what its tokens decode to"
     return Verification("", result, reason, exact, mismatches, near, pixels, passes, given)

@@ -4,6 +4,8 @@ from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.auto import AutoARPipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+from arsd.pipelines.glm_acceleration import accelerate
+from arsd.pipelines.glm_image import GLMImagePipeline
 from arsd.pipelines.janus import JanusPipeline
 from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
@@ -18,9 +20,11 @@ __all__ = [
     "AutoARPipeline",
     "Emu35Pipeline",
     "Emu3Pipeline",
+    "GLMImagePipeline",
     "JanusPipeline",
     "LiquidPipeline",
     "LlamaGenPipeline",
     "LuminaMGPTPipeline",
     "SimpleARPipeline",
+    "accelerate",
 ]

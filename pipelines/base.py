@@ -26,7 +26,7 @@ from arsd.decoding.types import DraftModel, OnRound, Round
 from arsd.devices import bring_back, device_kind, dtype_name, in_use
 from arsd.models.raster import Raster
 from arsd.pipelines.checks import Decoders, check_output, rows_of, strategies_of
-from arsd.pipelines.outputs import ARPipelineOutput, Conditions, Generators, noise_keys, to_output
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, Generators, noise_keys, of_unit
 from arsd.pipelines.prefix import encode_beginnings, encode_pictures
 from arsd.pipelines.provable import Provable
 from arsd.profile import find_profile
@@ -148,6 +148,10 @@ class ARImagePipeline(Provable, DiffusionPipeline):
     def guidance_scale(self) -> float:
         """Guidance scale of the last call."""
         return getattr(self, "_guidance_scale", 1.0)
+
+    def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
+        """Raise InputError for an output that this pipeline does not have."""
+        check_output(output_type, callback_inputs, self._callback_tensor_inputs)
 
     def check_decoder(self, decoder: Decoders) -> list[DecodingStrategy]:
         """The strategies of a call: the argument (one, or one per picture), else the component.
@@ -322,7 +326,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         named |= {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         inputs = {name: value for name, value in named.items() if value is not None}
         self.check_inputs(height, width, num_images_per_prompt, **inputs)
-        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self.check_output(output_type, callback_on_step_end_tensor_inputs)
         strategies, raster = self.check_decoder(decoder), self.make_raster(height, width)
         options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
         options |= {"top_k": top_k, "top_p": top_p, "image_guidance_scale": image_guidance_scale}
@@ -346,12 +350,20 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         # 3. Decode and turn into pictures
         decoders = strategies if len(strategies) > 1 else strategies * len(conditions.inputs)
         described = list(zip(*keys, decoders, conditions.inputs, strict=True))
+        painted: dict[int, Tensor] = {}
 
         def output(result: Any, chosen: Sequence[int]) -> ARPipelineOutput:
-            latent = output_type == "latent"
-            images = raster.to_codes(result.tokens) if latent else self._pictures(result.tokens, raster, output_type)
             columns = zip(*(described[i] for i in chosen), strict=True)
             seeds, indices, made_by, made_of = (list(column) for column in columns)
+            if output_type == "latent":
+                images = conditions.raster.to_codes(result.tokens)
+            else:
+                for k, i in enumerate(chosen):
+                    if i not in painted:  # on_picture may have been shown it
+                        record = {**made_of[k], "noise_seed": seeds[k], "image_index": indices[k]}
+                        extra = conditions.extra and [conditions.extra[i]]
+                        painted[i] = self.paint(result.tokens[k : k + 1], conditions.raster, [record], extra)
+                images = of_unit(torch.cat([painted[i] for i in chosen]), output_type)
             recorded = (result.log_probs, result.entropies, result.trace)
             return ARPipelineOutput(images, result.tokens, result.stats, seeds, indices, config, made_by, made_of, *recorded)
 
@@ -380,9 +392,6 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         result_output = output(result, range(len(conditions.inputs)))
         self.maybe_free_model_hooks()
         return result_output if return_dict else (result_output.images,)
-
-    def _pictures(self, tokens: Tensor, raster: Raster, output_type: str) -> Any:
-        return to_output(self.decode_pixels(tokens, raster), output_type)
 
 
 def _count(given: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from arsd.decoding import Autoregressive, DecodingStrategy, parse_strategy
+from arsd.decoding import Autoregressive, DecodingStrategy, LawConfig, parse_strategy
 from arsd.devices import DTYPES
 from arsd.errors import CheckpointError, InputError, StrategyError
 
@@ -91,6 +91,14 @@ def check_count(num_images_per_prompt: Any) -> None:
     """Raise InputError unless this is a positive number of pictures."""
     if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+
+
+def check_sampling(sampling: dict[str, Any] | None) -> None:
+    """Raise InputError unless these are sampling options (fields of :class:`arsd.decoding.LawConfig`)."""
+    try:
+        LawConfig(**(sampling or {}))
+    except TypeError:
+        raise InputError(f"sampling has options that there are not: {', '.join(map(str, sampling or {}))}") from None
 
 
 def dtype_of(dtype: Any, options: dict[str, Any]) -> torch.dtype | None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arsd.errors import CheckpointError
+from arsd.models.glm_image_files import glm_image_kind
 from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
+from arsd.pipelines.glm_image import GLMImagePipeline
 from arsd.pipelines.janus import JanusPipeline
 from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
@@ -27,7 +29,7 @@ _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     SimpleARPipeline,
     LiquidPipeline,
 )
-_ALL: tuple[type[ARImagePipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES)
+_ALL: tuple[type[ARImagePipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES, GLMImagePipeline)
 PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in _ALL}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 
@@ -167,6 +169,14 @@ FAMILIES = (
         "512 px, continuation, device maps",
         f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
     ),
+    Family(
+        "glm-image",
+        "GLM-Image",
+        "GLMImagePipeline",
+        "hub folder, or diffusers' own pipeline object (arsd.accelerate)",
+        "sizes in steps of 32 px, pictures in prompts, small-model drafters, device maps; no guidance, no continuation",
+        f"{_RANDOM}; logits and greedy tokens against transformers, pictures against diffusers",
+    ),
 )
 
 
@@ -181,7 +191,7 @@ def recognise(path: str | Path) -> str:
     path = Path(path)
     index = path / "model_index.json"
     if index.is_file():
-        return _pipeline_of(index)
+        return glm_image_kind(path) or _pipeline_of(index)
     if path.is_file() or path.is_dir():
         weights = llamagen_kind(path)
         if weights == "transformer":

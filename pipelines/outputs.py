@@ -31,6 +31,7 @@ class Conditions:
         raster: how the pictures lie in their tokens.
         given: [M, F] tokens that the pictures begin with, or ``None``.
         ids: [S, M, P] the words of the condition, where it consists of words.
+        extra: [M] what else a family keeps of each picture, for its target or its painting.
     """
 
     condition: Tensor
@@ -39,6 +40,7 @@ class Conditions:
     raster: Raster
     given: Tensor | None = None
     ids: Tensor | None = None
+    extra: list[Any] | None = None
 
 
 @dataclass
@@ -99,9 +101,18 @@ def noise_keys(generator: Generators, batch: int) -> tuple[list[int], list[int]]
     return [draw(source) for source in generator], [0] * batch
 
 
+def to_unit(pixels: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as float32 in [0, 1]."""
+    return (pixels.float().clamp(-1, 1) + 1) / 2
+
+
 def to_output(pixels: Tensor, output_type: str) -> Any:
     """Pictures [B, 3, H, W] in [-1, 1] as ``pil``, ``np`` ([B, H, W, 3] in [0, 1]) or ``pt`` ([B, 3, H, W] in [0, 1])."""
-    unit = (pixels.float().clamp(-1, 1) + 1) / 2
+    return of_unit(to_unit(pixels), output_type)
+
+
+def of_unit(unit: Tensor, output_type: str) -> Any:
+    """:func:`to_output` of pictures [B, 3, H, W] that are float32 in [0, 1] already."""
     if output_type == "pt":
         return unit
     array = unit.permute(0, 2, 3, 1).cpu().numpy()

@@ -57,6 +57,8 @@ def encode_pictures(vq: Any, image: Any, raster: Raster) -> Tensor:
     Raises:
         InputError: for what is no picture.
     """
+    if raster.first:
+        raise InputError("a picture of this model begins with a preview of its own: it cannot be given")
     factor = vq.downsample_factor
     pixels = to_pixels(image, raster.rows * factor, raster.columns * factor, factor).to(vq.device, vq.dtype)
     return raster.from_codes(torch.cat([vq.encode(one[None]) for one in pixels]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from arsd.decoding.types import OnRound
 from arsd.devices import in_use
 from arsd.models.raster import Raster
-from arsd.pipelines.outputs import ARPipelineOutput, Conditions, to_output
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, to_output, to_unit
 
 
 class Provable:
@@ -28,6 +28,7 @@ class Provable:
     null_conditions: Any
     target_maker: Any
     decode_pixels: Any
+    _same_pixels_elsewhere = True  # other arithmetic paints the same pixels, but for rounding
     _recorded_size: tuple[str, ...] = ("height", "width")  # what of a record encode_inputs takes besides prompts or labels
 
     @property
@@ -65,6 +66,19 @@ class Provable:
         """The pictures of token rows [B, N]."""
         pictures: list[Image.Image] = to_output(self.decode_pixels(tokens, raster), "pil")
         return pictures
+
+    def paint(
+        self, tokens: Tensor, raster: Raster, made_of: Sequence[dict[str, Any]], extra: Sequence[Any] | None = None
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] of tokens [B, N]: what a call returns, and what verification compares with.
+
+        Args:
+            tokens: of finished pictures.
+            raster: their layout.
+            made_of: [B] what the record of each says: its inputs, ``noise_seed`` and ``image_index``.
+            extra: [B] see :class:`arsd.pipelines.outputs.Conditions`.
+        """
+        return to_unit(self.decode_pixels(tokens, raster))
 
     def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
         """The conditions that recorded pictures of one size were made from, without what was given of them."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from arsd.decoding import SJD, DecodingStrategy, LawConfig
+from arsd.decoding import SJD, DecodingStrategy
 from arsd.decoding.small_ar import SmallARDrafter
 from arsd.decoding.types import DraftModel
 from arsd.devices import in_use
@@ -22,7 +22,7 @@ from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget, Place
 from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_count, check_negative, check_prompts, dtype_of, saved_component
+from arsd.pipelines.checks import check_count, check_negative, check_prompts, check_sampling, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
 
@@ -64,10 +64,7 @@ class TokenImagePipeline(ARImagePipeline):
         sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        try:
-            LawConfig(**(sampling or {}))
-        except TypeError:
-            raise InputError(f"sampling has options that there are not: {', '.join(map(str, sampling or {}))}") from None
+        check_sampling(sampling)
         decoder = decoder if decoder is not None else SJD()
         self.register_modules(transformer=transformer, vq=vq, tokenizer=tokenizer, decoder=decoder, drafter=drafter)
         self.register_to_config(image_size=image_size or self.default_size, sampling=sampling)
@@ -235,10 +232,8 @@ class TokenImagePipeline(ARImagePipeline):
         Raises:
             InputError: for inputs that the model cannot work with.
         """
-        if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or not 0 < slots <= MOST_SLOTS):
-            raise InputError(f"slots must be a whole number in 1..{MOST_SLOTS}, not {slots!r}")
         size = self._size(height, width)
-        raster, device = self.protocol.raster(*size), self._execution_device
+        raster = self.protocol.raster(*size)
         images = [] if prompt_images is None else self._codes_of(prompt_images)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = self._negative(negative_prompt, len(prompts))
@@ -248,20 +243,28 @@ class TokenImagePipeline(ARImagePipeline):
         if guided:
             pairs = zip(streams[0], negative, strict=True)
             streams.append([self.protocol.null_ids(*size, ids, words) for ids, words in pairs])
-        longest = max(slots or 0, *(len(ids) for stream in streams for ids in stream))
-        longest = -(-longest // SLOTS) * SLOTS
-        rows = [[[0] * (longest - len(ids)) + ids for ids in stream] for stream in streams]
-        padded = [[[True] * (longest - len(ids)) + [False] * len(ids) for ids in stream] for stream in streams]
-        table = torch.tensor(rows, device=device).repeat_interleave(num_images_per_prompt, dim=1)
-        padding = torch.tensor(padded, device=device).repeat_interleave(num_images_per_prompt, dim=1)
-        with in_use(model or self.transformer):
-            condition = self._embed(model or self.transformer)(table)
-        made_of = {"height": size[0], "width": size[1], "slots": longest} | with_given(given)
+        known = self._embedded(streams, slots, num_images_per_prompt, model or self.transformer)
+        made_of = {"height": size[0], "width": size[1], "slots": known["ids"].shape[2]} | with_given(given)
         made_of |= {"prompt_images": len(images)} if images else {}
         asked = [{"prompt": text} for text in prompts]
         asked = [one | ({} if no is None else {"negative_prompt": no}) for one, no in zip(asked, negative, strict=True)]
         inputs = [one | made_of for one in asked for _ in range(num_images_per_prompt)]
-        return Conditions(condition, padding, inputs, raster, None if given is None else given.to(device), table)
+        given = None if given is None else given.to(self._execution_device)
+        return Conditions(inputs=inputs, raster=raster, given=given, **known)
+
+    def _embedded(
+        self, streams: Sequence[Sequence[list[int]]], slots: int | None, repeats: int, model: Any
+    ) -> dict[str, Any]:
+        """Streams of prompts, padded on the left and each ``repeats`` times, as :class:`Conditions` take them."""
+        if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or not 0 < slots <= MOST_SLOTS):
+            raise InputError(f"slots must be a whole number in 1..{MOST_SLOTS}, not {slots!r}")
+        longest = max(slots or 0, *(len(ids) for stream in streams for ids in stream))
+        longest, device = -(-longest // SLOTS) * SLOTS, self._execution_device
+        rows = [[[0] * (longest - len(ids)) + ids for ids in stream] for stream in streams]
+        padded = [[[True] * (longest - len(ids)) + [False] * len(ids) for ids in stream] for stream in streams]
+        ids, padding = (torch.tensor(x, device=device).repeat_interleave(repeats, dim=1) for x in (rows, padded))
+        with in_use(model):
+            return {"condition": self._embed(model)(ids), "padding": padding, "ids": ids}
 
     def _negative(self, negative_prompt: Any, prompts: int) -> list[str | None]:
         if negative_prompt is not None and self.protocol.negative_prompt is None:
