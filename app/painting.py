@@ -28,7 +28,7 @@ MIDDLE = np.array([204, 71, 120])
 
 def picture(pipe: Any, raster: Raster, tokens: np.ndarray, outcomes: np.ndarray) -> Image.Image:
     """A picture RGBA as far as it is decided [N]; transparent elsewhere."""
-    pixels = pipe.to_pil(torch.from_numpy(tokens)[None].to(pipe._execution_device), raster)[0]
+    pixels = pipe.sketch(torch.from_numpy(tokens)[None].to(pipe._execution_device), raster)[0]
     decided = cells(raster, outcomes) != UNDECIDED
     mask = Image.fromarray(np.where(decided, 255, 0).astype(np.uint8)).resize(pixels.size, Image.Resampling.NEAREST)
     pixels.putalpha(mask)
@@ -37,8 +37,8 @@ def picture(pipe: Any, raster: Raster, tokens: np.ndarray, outcomes: np.ndarray)
 
 def cells(raster: Raster, values: np.ndarray) -> np.ndarray:
     """Values of tokens [N] as they lie in the picture [h, w]; marks are left out."""
-    lines = values[: raster.rows * raster.row_length].reshape(raster.rows, raster.row_length)
-    return lines[:, : raster.columns]
+    found: np.ndarray = values[raster.places.numpy()]
+    return found
 
 
 def how_grid(raster: Raster, outcomes: np.ndarray) -> Image.Image:

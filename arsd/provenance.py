@@ -23,6 +23,7 @@ from arsd.errors import InputError
 
 KEY = "arsd"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".jit")
+_WHOLE = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "emu3_vision_tokens.txt", "scheduler_config.json")
 _NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
 
 
@@ -41,7 +42,7 @@ def model_hash(*sources: str | Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.relative_to(folder).parts[0] == "drafter":
             continue
-        if path.suffix in _WEIGHTS or path.name in ("tokenizer.json", "text_tokenizer.json"):
+        if path.suffix in _WEIGHTS or path.name in _WHOLE or _is_only_tokenizer(path):
             hashed = _file_hash(path)
         elif path.name == "config.json":
             values = json.loads(path.read_bytes())
@@ -52,6 +53,11 @@ def model_hash(*sources: str | Path) -> str:
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(hashed)
     return digest.hexdigest()
+
+
+def _is_only_tokenizer(path: Path) -> bool:
+    """Whether words lie in files of the older kind, with no ``tokenizer.json`` beside them."""
+    return path.name in ("vocab.json", "merges.txt") and not (path.parent / "tokenizer.json").is_file()
 
 
 def _file_hash(path: Path) -> bytes:

@@ -175,7 +175,7 @@ def draw(
         if number >= len(missing):
             return
         record = {**pipe.record(output, 0), "seed": STREAM * stream + plan.seed + rows[number]}
-        save_png(pipe.to_pil(output.tokens)[0], picture_path(folder, rows[number]), record)
+        save_png(pipe.pictures_of(output)[0], picture_path(folder, rows[number]), record)
         on_picture()
 
     options = {"batch_size": plan.batch, "decoder": strategy, "output_type": "latent", "progress": False, **plan.sampling}

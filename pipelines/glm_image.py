@@ -284,6 +284,12 @@ class GLMImagePipeline(TokenImagePipeline):
             self.diffusers  # noqa: B018
             _painting({"num_inference_steps": self.num_inference_steps, "dit_guidance_scale": self.dit_guidance_scale})
 
+    def sketch(self, tokens: Tensor, raster: Raster) -> list[Image.Image]:
+        """See :class:`ARImagePipeline`: codes as shades of grey, which say where they differ and nothing else."""
+        shades = (255 * raster.to_codes(tokens) / (raster.codes - 1)).round().to("cpu", torch.uint8)
+        size = (raster.columns * FACTOR, raster.rows * FACTOR)
+        return [Image.fromarray(one.numpy()).convert("RGB").resize(size, Image.Resampling.NEAREST) for one in shades]
+
     def decode_pixels(self, tokens: Tensor, raster: Raster | None = None) -> Tensor:
         """Codes alone are no picture.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from arsd.decoding.types import OnRound
 from arsd.devices import in_use
 from arsd.models.raster import Raster
-from arsd.pipelines.outputs import ARPipelineOutput, Conditions, to_output, to_unit
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, of_unit, to_output, to_unit
 
 
 class Provable:
@@ -28,6 +28,7 @@ class Provable:
     null_conditions: Any
     target_maker: Any
     decode_pixels: Any
+    make_raster: Any
     _same_pixels_elsewhere = True  # other arithmetic paints the same pixels, but for rounding
     _recorded_size: tuple[str, ...] = ("height", "width")  # what of a record encode_inputs takes besides prompts or labels
 
@@ -65,6 +66,18 @@ class Provable:
     def to_pil(self, tokens: Tensor, raster: Raster | None = None) -> list[Image.Image]:
         """The pictures of token rows [B, N]."""
         pictures: list[Image.Image] = to_output(self.decode_pixels(tokens, raster), "pil")
+        return pictures
+
+    def sketch(self, tokens: Tensor, raster: Raster) -> list[Image.Image]:
+        """What can be shown of token rows [B, N] that are not all known yet: the pictures, where they cost little."""
+        return self.to_pil(tokens, raster)
+
+    def pictures_of(self, output: ARPipelineOutput) -> list[Image.Image]:
+        """The pictures of an output whose ``images`` are codes, all of one size."""
+        raster = self.make_raster(output.inputs[0].get("height"), output.inputs[0].get("width"))
+        numbered = zip(output.inputs, output.seeds, output.image_indices, strict=True)
+        records = [{**one, "noise_seed": seed, "image_index": index} for one, seed, index in numbered]
+        pictures: list[Image.Image] = of_unit(self.paint(output.tokens, raster, records), "pil")
         return pictures
 
     def paint(

@@ -124,7 +124,8 @@ class TokenImagePipeline(ARImagePipeline):
         transformer = cls.files.network(folder, dtype=dtype, **options)
         pipe = cls(transformer, image_tokenizer, tokenizer, image_size=image_size or cls._size_of(folder), **own)
         pipe.protocol  # noqa: B018  a tokenizer that does not fit is refused now, not at the first prompt
-        files = [source] if isinstance(source, (str, Path)) and Path(source) != folder else []
+        apart = [place for place in (source, given.get("tokenizer")) if isinstance(place, (str, Path))]
+        files = [place for place in apart if Path(place) != folder]
         pipe.remember_sources(folder, *files, parts={name: part for name, part in given.items() if name not in options})
         return pipe
 

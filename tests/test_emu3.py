@@ -256,6 +256,11 @@ def test_missing_parts_are_named_with_where_to_get_them(samples, tmp_path):
     refused(new, "src/tokenizer_emu3_ibq", **options)
     pipe: Any = arsd.AutoARPipeline.from_pretrained(new, tokenizer=tmp_path / "words", **options)
     assert pipe.tokenizer.bos_token_id == 151849
+    other = (tmp_path / "words" / "emu3.tiktoken").read_text().splitlines()[:-1]
+    shutil.copytree(tmp_path / "words", tmp_path / "fewer")
+    (tmp_path / "fewer" / "emu3.tiktoken").write_text("\n".join(other) + "\n")
+    fewer: Any = arsd.AutoARPipeline.from_pretrained(new, tokenizer=tmp_path / "fewer", **options)
+    assert fewer.model_hash != pipe.model_hash  # other words are another model
     (tmp_path / "words" / "emu3.tiktoken").write_text("%%% x\n")
     refused(new, "no readable tokenizer", tokenizer=tmp_path / "words", **options)
     refused(new, "belongs to another model", tokenizer=samples.pipe("anole").tokenizer, **options)

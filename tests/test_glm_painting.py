@@ -18,6 +18,7 @@ from test_glm_image import picture
 from tiny_pipeline import class_pipeline, one_clear_line, seeded
 
 import arsd
+from arsd.app.painting import cells
 from arsd.errors import ArsdError
 from arsd.pipelines.glm_image import GLMImagePipeline, _noise
 
@@ -69,6 +70,27 @@ def test_pictures_are_those_of_diffusers_with_these_codes(pipe, stock, images):
         _noise({"noise_seed": a, "image_index": b}).initial_seed() for a, b in ((1, 2), (1, 3), (2, 2), (12, 3), (1, 2))
     ]
     assert len(set(drawn)) == 4 and drawn[0] == drawn[4]
+
+
+def test_codes_become_the_same_pictures_later(pipe):
+    """What an evaluation keeps is codes; what a page shows of a run is their shades, where they are in the picture."""
+    latent, drawn = (pipe(PROMPTS, **SIZE, generator=seeded(4), output_type=form) for form in ("latent", "pil"))
+    assert [one.tobytes() for one in pipe.pictures_of(latent)] == [one.tobytes() for one in drawn.images]
+    raster = pipe.make_raster(64, 96)
+    shades = pipe.sketch(latent.tokens, raster)
+    assert len(shades) == 2 and shades[0].size == (96, 64)
+    for row, column in ((0, 0), (1, 2)):
+        code = int(latent.images[1, row, column])
+        assert shades[1].getpixel((32 * column + 7, 32 * row + 9)) == (round(255 * code / 31),) * 3
+    assert (cells(raster, latent.tokens[1].numpy()) == latent.images[1].numpy()).all()
+
+
+def test_the_scheduler_is_part_of_the_model(sample, tmp_path):
+    again = published.write_sample("glm-image", tmp_path / "GLM-Image").load()
+    assert again.model_hash == sample.load().model_hash
+    path = tmp_path / "GLM-Image" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 500}))
+    assert arsd.AutoARPipeline.from_pretrained(tmp_path / "GLM-Image", image_size=64).model_hash != again.model_hash
 
 
 def test_other_forms_and_numbers_of_steps(pipe, monkeypatch):
