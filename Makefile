@@ -5,6 +5,9 @@ OLDEST ?= .venv-oldest
 
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
+# One process for each of two cores, whole files at a time. Each computes with one thread: two that wait for each other's cores
+# take many times as long. The seed of hashes is fixed so that both see the same tests.
+PARALLEL := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n 2 --dist loadfile
 # No torch is needed to ask for help, and a GPU machine may bring its own Python: only gpu-check runs without the environment.
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 REQUIREMENTS := pyproject.toml constraints.txt
@@ -31,7 +34,7 @@ app: $(VENV)/.stamp-app ## install what the app needs, then serve it on this mac
 	$(VENV)/bin/arsd app
 
 test: lint ## lint, types and the quick tests
-	$(PYTEST) -m "not slow" --timeout 600
+	$(PARALLEL) -m "not slow" --timeout 600
 
 test-all: lint chromium ## everything: slow tests, the app in a browser, and the oldest transformers too
 	ARSD_BROWSER=required $(PYTEST) --timeout 3600
@@ -43,7 +46,7 @@ chromium: ## Debian's Chromium, for the tests of the app in a browser
 
 test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding tests against transformers 5.17.0
 	PYTHONPATH="$(abspath $(OLDEST))" $(PY) -c 'import transformers as t; assert t.__version__ == "5.17.0", t.__file__'
-	PYTHONPATH="$(abspath $(OLDEST))" $(PYTEST) -m "not slow" --timeout 600 \
+	PYTHONPATH="$(abspath $(OLDEST))" $(PARALLEL) -m "not slow" --timeout 600 \
 	    tests/test_cache.py tests/test_decode.py tests/test_llamagen_files.py tests/test_text_encoders.py tests/test_vqgan.py \
 	    tests/test_chameleon.py tests/test_chameleon_files.py tests/test_families.py tests/test_continuation.py \
 	    tests/test_generate_fn.py tests/test_generate_fn_limits.py tests/test_llamagen_published.py tests/test_diffusers_manners.py \

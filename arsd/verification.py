@@ -32,6 +32,7 @@ from arsd.provenance import read_record, tokens_sha256, unpack_tokens
 MARGINS = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 1.0, "float16": 0.2}
 ALLOWED = {"float64": 0, "float32": 1, "bfloat16": 8, "float16": 4}
 MOST_SLOTS, MOST_SCORES = 1 << 17, 1 << 27  # of a pass shape that is followed: a record must not eat the memory
+MOST_LETTERS = 1 << 16  # of a prompt
 PIXEL_LEVELS = 1  # of 255, by which a pixel may then differ
 
 VERIFIED, REFUTED, UNKNOWN = "verified", "refuted", "unknown"
@@ -127,8 +128,11 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, "it was made from features that the record does not hold"
     if not isinstance(record[name], kind) or isinstance(record[name], bool):
         return UNKNOWN, f"its record is damaged ({name})"
-    if not isinstance(record.get("negative_prompt", ""), str):
+    words = [record.get(what, "") for what in ("prompt", "negative_prompt")]
+    if not all(isinstance(text, str) for text in words):
         return UNKNOWN, "its record is damaged (negative_prompt)"
+    if max(map(len, words)) > MOST_LETTERS:
+        return UNKNOWN, "its prompt is too long to be followed"
     if record.get("prompt_images"):
         return UNKNOWN, "its prompt held pictures, which the record does not"
     if record.get("dtype") != dtype_name(pipe):
@@ -136,6 +140,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     try:
         tokens = torch.from_numpy(unpack_tokens(record["tokens"]).copy())
         law = LawConfig(**record["sampling"])
+        pipe.law_config(asdict(law))  # a model may not have all of them
         numbers = [record[name] for name in ("batch", "pass_tokens", "noise_seed", "image_index")]
         places = [record.get(name) for name in ("height", "width", "slots", "given_tokens")]
         whole = all(
@@ -155,7 +160,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
         return REFUTED, f"this model makes {raster.num_tokens} tokens below {raster.vocab}"
     given = record.get("given_tokens") or 0
-    if given % raster.row_length or not 0 <= given < raster.rows * raster.row_length:
+    if (given and raster.first) or given % raster.row_length or not 0 <= given < raster.rows * raster.row_length:
         return UNKNOWN, "its record is damaged (given_tokens are no whole rows, or all of them)"
     slots = raster.num_tokens + numbers[1] + (record.get("slots") or 0)
     if not 0 <= slots <= MOST_SLOTS or numbers[0] * numbers[1] * slots > MOST_SCORES:
@@ -206,14 +211,16 @@ def _judge(
         return [Verification("", UNKNOWN, "it was stopped before all of it was recomputed") for _ in cases]
     probe = pipe.arithmetic_probe(batch, pass_tokens, law.guidance_scale != 1)
     passes = stats.forward_passes + stats.prefill_passes
-    decoded = pipe.paint(replay.tokens[: len(cases)], raster, [case.record for case in cases])
     results = []
     for b, case in enumerate(cases):
         exact = case.record.get("probe") == probe
         flips, hard = int(replay.flips[b].sum()), int((replay.gaps[b] > MARGINS[dtype]).sum())
-        pixels: bool | None = _same_pixels(case.image, decoded[b], 0 if exact else PIXEL_LEVELS)
-        if not (pixels or exact or pipe._same_pixels_elsewhere):
-            pixels = None
+        pixels: bool | None = None
+        if not (flips if exact else hard):  # pixels of other tokens say nothing, and may cost a diffusion model's time
+            painted = pipe.paint(replay.tokens[b : b + 1], raster, [case.record])[0]
+            pixels = _same_pixels(case.image, painted, 0 if exact else PIXEL_LEVELS)
+            if not (pixels or exact or pipe._same_pixels_elsewhere):
+                pixels = None
         results.append(_verdict(exact, flips, hard, ALLOWED[dtype], pixels, passes, first, raster.num_tokens))
     return results
 

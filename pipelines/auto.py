@@ -85,4 +85,4 @@ class AutoARPipeline:
         except (CheckpointError, InputError):
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"could not load {path}: {' '.join(str(error).split())[:300]}") from error
+            raise CheckpointError(f"could not load {path}: {' '.join(str(error).split())[:200]}") from error

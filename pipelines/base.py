@@ -114,7 +114,8 @@ class ARImagePipeline(Provable, DiffusionPipeline):
     def decode_pixels(self, tokens: Tensor, raster: Raster | None = None) -> Tensor:
         """Tokens [B, N] to pictures [B, 3, H, W] in [-1, 1]; one by one, so that a picture never depends on the others."""
         with in_use(self.vq):
-            return torch.cat([self.vq.decode(codes[None]) for codes in (raster or self.make_raster()).to_codes(tokens)])
+            found = (raster or self.make_raster()).to_codes(tokens).to(self.vq.device)
+            return torch.cat([self.vq.decode(codes[None]) for codes in found])
 
     @torch.no_grad()
     def encode_image(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:

@@ -69,6 +69,8 @@ def check_prompts(prompt: Any) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
         raise InputError("the prompt is empty")
+    if any("\ud800" <= letter <= "\udfff" for one in prompts for letter in one):
+        raise InputError("the prompt holds half a character (a surrogate), which is no text")
     return prompts
 
 
@@ -91,6 +93,12 @@ def check_count(num_images_per_prompt: Any) -> None:
     """Raise InputError unless this is a positive number of pictures."""
     if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+
+
+def check_image_size(image_size: Any) -> None:
+    """Raise InputError unless this is ``None`` or a number of pixels."""
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
+        raise InputError(f"image_size must be a number of pixels, not {image_size!r}")
 
 
 def check_sampling(sampling: dict[str, Any] | None) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 from arsd.models.emu3 import Emu3Protocol, Emu35Protocol
 from arsd.models.emu3_files import EMU3, EMU35
+from arsd.models.folders import config_of
 from arsd.pipelines.token_images import TokenImagePipeline
 
 
@@ -17,6 +21,12 @@ class Emu3Pipeline(TokenImagePipeline):
     protocol_class = Emu3Protocol
     default_size = 720
     files = EMU3
+
+    @classmethod
+    def _size_of(cls, folder: Path, name: str) -> int | None:
+        """See :class:`TokenImagePipeline`: the side of the area in the configuration (Emu3-Stage1 draws smaller)."""
+        area = config_of(folder).get("image_area")
+        return math.isqrt(area) if isinstance(area, int) and area > 0 else None
 
 
 class Emu35Pipeline(TokenImagePipeline):

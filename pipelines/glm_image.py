@@ -24,7 +24,7 @@ from arsd.models.glm_image_files import glm_image_kind, load_glm_image
 from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget
 from arsd.pipelines.base import DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_sampling, dtype_of
+from arsd.pipelines.checks import check_image_size, check_sampling, dtype_of
 from arsd.pipelines.outputs import Conditions
 from arsd.pipelines.token_images import TokenImagePipeline
 
@@ -93,6 +93,7 @@ class GLMImagePipeline(TokenImagePipeline):
             raise CheckpointError(f"the diffusion model knows {known} codes, the language model {codes}")
         super(TokenImagePipeline, self).__init__()  # whose own components are others
         check_sampling(sampling)
+        check_image_size(image_size)
         self.register_modules(transformer=transformer, processor=processor, dit=dit, vae=vae, text_encoder=text_encoder)
         decoder = decoder if decoder is not None else SJD()
         self.register_modules(tokenizer=tokenizer, scheduler=scheduler, decoder=decoder, drafter=drafter)
@@ -145,7 +146,7 @@ class GLMImagePipeline(TokenImagePipeline):
         theirs = {"transformer": "vision_language_encoder", "dit": "transformer"}
         given = {theirs.get(name, name): value for name, value in options.items()}
         pipe = cls.of(load_glm_image(folder, dtype, **given), **own)
-        pipe.protocol  # noqa: B018  a processor that does not fit is refused now, not at the first prompt
+        pipe.make_raster()  # a processor or size that does not fit is refused now, not at the first prompt
         pipe.remember_sources(folder, parts=options)
         return pipe
 
@@ -214,6 +215,11 @@ class GLMImagePipeline(TokenImagePipeline):
         """
         protocol, size = self.protocol, self._size(height, width)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._negative(negative_prompt, len(prompts))
+        if any(self.processor.image_token in text for text in prompts):
+            raise InputError(
+                f"a prompt of GLM-Image holds no {self.processor.image_token}: give the pictures as prompt_images"
+            )
         images, raster = _images_of(prompt_images, len(prompts)), protocol.raster(*size)
         if prompt_images is not None:
             raster = replace(raster, preview=(0, 0))
@@ -350,4 +356,4 @@ def _images_of(prompt_images: Any, prompts: int) -> list[list[Image.Image]]:
     right = all(isinstance(image, Image.Image) for one in lists for image in one)
     if len(lists) != prompts or not right or not lists or len({len(one) for one in lists}) != 1 or not lists[0]:
         raise InputError("prompt_images must be PIL pictures: a list for all prompts, or a list of as many for each")
-    return lists
+    return [[image.convert("RGB") for image in one] for one in lists]

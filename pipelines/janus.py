@@ -12,6 +12,7 @@ from torch import nn
 from arsd.errors import InputError
 from arsd.models.janus import JanusProtocol
 from arsd.models.janus_files import JANUS, load_janus_config
+from arsd.models.token_images import BroughtTo
 from arsd.pipelines.base import DraftMaker
 from arsd.pipelines.outputs import Conditions
 from arsd.pipelines.token_images import TokenImagePipeline
@@ -30,7 +31,7 @@ class JanusPipeline(TokenImagePipeline):
     files = JANUS
 
     @classmethod
-    def _size_of(cls, folder: Path) -> int | None:
+    def _size_of(cls, folder: Path, name: str) -> int | None:
         """See :class:`TokenImagePipeline`: what the configuration says."""
         return int(load_janus_config(folder).vision_config.image_size)
 
@@ -53,7 +54,7 @@ class JanusPipeline(TokenImagePipeline):
         return model.language_model
 
     def _code_embedding(self, model: Any, device: Device) -> nn.Module:
-        return model.code_embedding
+        return BroughtTo(device, model.code_embedding)
 
     def _head(self, model: Any, device: Device) -> nn.Module:
-        return model.generation_head
+        return BroughtTo(device, model.generation_head, self.transformer.config.vq_config.num_embeddings)

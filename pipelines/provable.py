@@ -45,7 +45,8 @@ class Provable:
             for part in (
                 getattr(self, "_own_parts", ()) if found else ()
             ):  # given as objects, in the place of what lies there
-                found = hashlib.sha256(f"{found}{weights_hash(part)}".encode()).hexdigest()
+                own = weights_hash(part) if isinstance(part, torch.nn.Module) else part.backend_tokenizer.to_str()
+                found = hashlib.sha256(f"{found}{own}".encode()).hexdigest()
             known = (folder, found)
             self._known_hash = known
         return known[1]
@@ -129,4 +130,4 @@ class Provable:
         """What the model is made of: files or folders, and components that were given as objects."""
         self._sources = tuple(Path(source).resolve() for source in sources)
         given = (part for name, part in sorted(parts.items()) if name != "drafter")
-        self._own_parts = tuple(part for part in given if isinstance(part, torch.nn.Module))
+        self._own_parts = tuple(x for x in given if isinstance(x, torch.nn.Module) or hasattr(x, "backend_tokenizer"))

@@ -17,16 +17,25 @@ from arsd.devices import in_use
 from arsd.errors import CheckpointError, InputError, warn_caller
 from arsd.models.eagle import EagleDrafter
 from arsd.models.eagle_draft import EagleDraftModel
-from arsd.models.folders import PublishedFiles, config_of
+from arsd.models.folders import PublishedFiles, config_of, read_json
 from arsd.models.raster import Raster
 from arsd.models.target import DecoderTarget, Place
 from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_count, check_negative, check_prompts, check_sampling, dtype_of, saved_component
+from arsd.pipelines.checks import (
+    check_count,
+    check_image_size,
+    check_negative,
+    check_prompts,
+    check_sampling,
+    dtype_of,
+    saved_component,
+)
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
 
-MOST_SLOTS = 1 << 16
+MOST_SLOTS = 1 << 13  # of a prompt; the longest pass reads them all, and its attention grows with their square
+MOST_TOKENS = 1 << 17  # of a picture
 SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
 
 
@@ -65,6 +74,7 @@ class TokenImagePipeline(ARImagePipeline):
     ) -> None:
         super().__init__()
         check_sampling(sampling)
+        check_image_size(image_size)
         decoder = decoder if decoder is not None else SJD()
         self.register_modules(transformer=transformer, vq=vq, tokenizer=tokenizer, decoder=decoder, drafter=drafter)
         self.register_to_config(image_size=image_size or self.default_size, sampling=sampling)
@@ -100,11 +110,16 @@ class TokenImagePipeline(ARImagePipeline):
         dtype = dtype_of(dtype, options)
         hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
         folder = find_model(pretrained_model_name_or_path, **hub)
+        vq = find_model(vq) if isinstance(vq, (str, Path)) else vq
+        if isinstance(options.get("tokenizer"), (str, Path)):
+            options["tokenizer"] = find_model(options["tokenizer"])
         given = {**options} if vq is None else {**options, "vq": vq}
         if vq is not None:
             vq = options["vq"] = cls._image_tokenizer(vq, dtype)
         if (folder / "model_index.json").is_file():
             check_class(folder, cls)
+            if vq is None:
+                cls._check_saved_vq(folder, Path(pretrained_model_name_or_path).exists())
             if image_size is not None:
                 options["image_size"] = image_size
             pipe = super().from_pretrained(str(folder), dtype=dtype, **options)
@@ -116,14 +131,20 @@ class TokenImagePipeline(ARImagePipeline):
             raise CheckpointError(f"{folder} holds {found}, not those of {cls.__name__}: give another folder")
         names = ("decoder", "drafter", "sampling", "tokenizer", "vq")
         own = {name: options.pop(name) for name in names if name in options}
-        tokenizer = own.pop("tokenizer", folder)
+        if isinstance(own.get("drafter"), (str, Path)):
+            raise InputError(f"drafter must be a model, not the path {str(own['drafter'])!r}: load it first")
+        tokenizer = own.pop("tokenizer", None) or folder
         if isinstance(tokenizer, (str, Path)):
             tokenizer = cls.files.tokenizer(Path(tokenizer))
         source = cls.files.vq_source(folder) if vq is None else given["vq"]
         image_tokenizer = own.pop("vq", None) or cls._image_tokenizer(source, dtype)
         transformer = cls.files.network(folder, dtype=dtype, **options)
-        pipe = cls(transformer, image_tokenizer, tokenizer, image_size=image_size or cls._size_of(folder), **own)
-        pipe.protocol  # noqa: B018  a tokenizer that does not fit is refused now, not at the first prompt
+        if "device_map" in options and not hasattr(image_tokenizer, "hf_device_map"):
+            place = transformer.get_input_embeddings().weight.device  # where prompts are read
+            image_tokenizer.to(place if place.type != "meta" else "cpu")
+        size = cls._size_of(folder, str(pretrained_model_name_or_path)) if image_size is None else image_size
+        pipe = cls(transformer, image_tokenizer, tokenizer, image_size=size, **own)
+        pipe.make_raster()  # a tokenizer or size that does not fit is refused now, not at the first prompt
         apart = [place for place in (source, given.get("tokenizer")) if isinstance(place, (str, Path))]
         files = [place for place in apart if Path(place) != folder]
         pipe.remember_sources(folder, *files, parts={name: part for name, part in given.items() if name not in options})
@@ -136,10 +157,23 @@ class TokenImagePipeline(ARImagePipeline):
         return types | {"vq": (cls.files.vq_class,)}
 
     @classmethod
-    def _size_of(cls, folder: Path) -> int | None:
-        """The side of pictures that a published folder tells, if it does: by its name."""
-        named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name)
+    def _size_of(cls, folder: Path, name: str) -> int | None:
+        """The side of pictures that a published folder tells, if it does: by its name, or the hub id that was given."""
+        named = re.search(r"(?<!\d)(512|768|1024)(?!\d)", folder.resolve().name if Path(name).exists() else name)
         return int(named[1]) if named else None
+
+    @classmethod
+    def _check_saved_vq(cls, folder: Path, is_local: bool) -> None:
+        """Nothing but the family's own image tokenizer is loaded, and none that is a program unless it was put there."""
+        part = read_json(folder / "model_index.json").get("vq")
+        found, wanted = part[-1] if isinstance(part, list) and part else None, cls.files.vq_class
+        if found != wanted.__name__:
+            raise CheckpointError(
+                f"{folder} has the image tokenizer {found}, {cls.__name__} wants {wanted.__name__}: give vq=..."
+            )
+        if getattr(wanted, "runs_code", False) and not is_local:
+            what = f"{folder} holds an image tokenizer whose files are programs"
+            raise CheckpointError(f"{what}: download the folder and give its path if you trust it, or give vq=...")
 
     @classmethod
     def _image_tokenizer(cls, source: Any, dtype: torch.dtype | None) -> Any:
@@ -154,10 +188,11 @@ class TokenImagePipeline(ARImagePipeline):
     @property
     def protocol(self) -> TokenProtocol:
         """What the family does with words and codes."""
-        made_for, protocol = self.__dict__.get("_protocol", (None, None))
-        if protocol is None or made_for != (id(self.tokenizer), id(self.vq), id(self.transformer)):
+        parts = (self.tokenizer, self.vq, self.transformer)
+        made_for, protocol = self.__dict__.get("_protocol", ((), None))
+        if protocol is None or any(known is not part for known, part in zip(made_for, parts, strict=True)):
             protocol = self._make_protocol()
-            self.__dict__["_protocol"] = (id(self.tokenizer), id(self.vq), id(self.transformer)), protocol
+            self.__dict__["_protocol"] = parts, protocol
         return protocol
 
     def _make_protocol(self) -> TokenProtocol:
@@ -180,7 +215,10 @@ class TokenImagePipeline(ARImagePipeline):
 
     def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
         """See :class:`ARImagePipeline`."""
-        return self.protocol.raster(*self._size(height, width))
+        raster = self.protocol.raster(*self._size(height, width))
+        if raster.num_tokens > MOST_TOKENS:
+            raise InputError(f"a picture of this size has {raster.num_tokens} tokens: at most {MOST_TOKENS} can be drawn")
+        return raster
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         for name, side in (("height", height), ("width", width)):
@@ -238,6 +276,8 @@ class TokenImagePipeline(ARImagePipeline):
         images = [] if prompt_images is None else self._codes_of(prompt_images)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = self._negative(negative_prompt, len(prompts))
+        if negative_prompt is not None and not guided:
+            raise InputError("without guidance nothing reads negative_prompt: leave it out, or guide")
         streams = [[self.protocol.prompt_ids(text, *size, images) for text in prompts]]
         if guided and images:
             streams.append([self.protocol.image_only_ids(*size, images)] * len(prompts))
@@ -260,6 +300,8 @@ class TokenImagePipeline(ARImagePipeline):
         if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or not 0 < slots <= MOST_SLOTS):
             raise InputError(f"slots must be a whole number in 1..{MOST_SLOTS}, not {slots!r}")
         longest = max(slots or 0, *(len(ids) for stream in streams for ids in stream))
+        if longest > MOST_SLOTS:
+            raise InputError(f"the prompt has {longest} words for the model: give one of {MOST_SLOTS} or fewer")
         longest, device = -(-longest // SLOTS) * SLOTS, self._execution_device
         rows = [[[0] * (longest - len(ids)) + ids for ids in stream] for stream in streams]
         padded = [[[True] * (longest - len(ids)) + [False] * len(ids) for ids in stream] for stream in streams]

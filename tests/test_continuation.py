@@ -171,7 +171,6 @@ def test_a_picture_of_another_shape_is_cropped_around_its_centre(tiny):
         ({"image": picture(), "strength": "half"}, "strength"),
         ({"image": picture(), "strength": float("nan")}, "strength"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_continued_is_said_in_one_line(tiny, options, says):
     with pytest.raises(ArsdError) as error:

@@ -148,6 +148,10 @@ def test_a_negative_prompt_replaces_the_published_one(samples, tmp_path):
         ("emu3.5", {"negative_prompt": "blue"}, "leave out negative_prompt"),
         ("emu3", {"negative_prompt": 3}, "negative_prompt must be text"),
         ("emu3", {"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
+        ("emu3", {"negative_prompt": "blue", "guidance_scale": 1.0}, "without guidance nothing reads negative_prompt"),
+        ("emu3", {"prompt": "word " * 9000}, "the prompt has"),
+        ("emu3", {"prompt": "a\ud800b"}, "half a character"),
+        ("emu3", {"height": 8 * 10**6, "width": 8 * 10**6}, "at most 131072 can be drawn"),
         ("emu3", {"height": 20}, "multiples of 8"),
         ("emu3.5", {"width": 24}, "multiples of 16"),
         ("emu3.5", {"prompt_images": torch.zeros(1, 3, 64, 64)}, "hold no pictures"),
@@ -165,6 +169,40 @@ def test_a_size_of_another_area_is_warned_of(samples):
         assert protocol.advice(height, width) == ""
     assert "no size that this model was trained on" in protocol.advice(256, 256)
     assert [samples.pipe("emu3.5").protocol.advice(16 * h, 16 * w) for h, w in ((64, 64), (55, 73), (41, 97))] == [""] * 3
+
+
+def test_the_area_in_the_configuration_counts(samples, tmp_path):
+    """Emu3-Stage1 draws smaller pictures; of Emu3.5 the field says nothing, as upstream does not read it."""
+    for kind, size in (("emu3", 512), ("emu3.5", 1024)):
+        folder = spoilt(samples, kind, tmp_path)
+        change(folder, image_area=512 * 512)
+        assert arsd.AutoARPipeline.from_pretrained(folder, **samples.sample(kind).options).config["image_size"] == size
+
+
+@pytest.mark.parametrize("size", [0, -5, "big", 64.5, True, 33])
+def test_sizes_that_are_none_are_refused_at_once(samples, size):
+    with pytest.raises(ArsdError) as error:
+        samples.sample("emu3").load(image_size=size)
+    one_clear_line(error.value, "image_size must be a number of pixels" if size != 33 else "multiples of 8")
+
+
+def test_another_tokenizer_is_another_model(samples):
+    sample = samples.sample("emu3")
+    words = load_tokenizer(sample.folder)
+    same = sample.load(tokenizer=words).model_hash
+    assert sample.load(tokenizer=load_tokenizer(sample.folder)).model_hash == same
+    words.backend_tokenizer.normalizer = None
+    assert sample.load(tokenizer=words).model_hash != same
+
+
+def test_parts_that_are_nowhere_are_named(samples):
+    for option in ("vq", "tokenizer"):
+        with pytest.raises(ArsdError) as error:
+            samples.sample("emu3").load(**{option: "no-such-thing"})
+        one_clear_line(error.value, "no model 'no-such-thing'")
+    with pytest.raises(ArsdError) as error:
+        samples.sample("emu3").load(drafter="small-model")
+    one_clear_line(error.value, "drafter must be a model, not the path 'small-model'")
 
 
 def test_a_picture_is_continued(samples):

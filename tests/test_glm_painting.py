@@ -72,6 +72,13 @@ def test_pictures_are_those_of_diffusers_with_these_codes(pipe, stock, images):
     assert len(set(drawn)) == 4 and drawn[0] == drawn[4]
 
 
+def test_pictures_of_prompts_may_have_other_modes(pipe):
+    held = [picture(1).convert(mode) for mode in ("RGBA", "L")]
+    out = pipe(PROMPTS[0], prompt_images=held, **SIZE, generator=seeded(4))
+    plain = pipe(PROMPTS[0], prompt_images=[image.convert("RGB") for image in held], **SIZE, generator=seeded(4))
+    assert torch.equal(out.tokens, plain.tokens) and out.images[0].tobytes() == plain.images[0].tobytes()
+
+
 def test_codes_become_the_same_pictures_later(pipe):
     """What an evaluation keeps is codes; what a page shows of a run is their shades, where they are in the picture."""
     latent, drawn = (pipe(PROMPTS, **SIZE, generator=seeded(4), output_type=form) for form in ("latent", "pil"))
@@ -134,7 +141,15 @@ def test_how_a_picture_was_painted_is_verified(pipe, tmp_path, monkeypatch):
     assert judged(out.images[0].rotate(180), {}).reason == "its pixels are not what its tokens decode to"
     for odd in ({"num_inference_steps": 10**9}, {"num_inference_steps": None}, {"dit_guidance_scale": float("inf")}):
         assert judged(out.images[0], odd).result == "unknown"
-    assert judged(out.images[0], {"sampling": record["sampling"] | {"guidance_scale": 3.0}}).result == "refuted"
+    for name in ("guidance_scale", "image_guidance_scale"):  # the model has none
+        assert judged(out.images[0], {"sampling": record["sampling"] | {name: 3.0}}).result == "unknown"
+    assert judged(out.images[0], {"negative_prompt": "no cats"}).result == "refuted"
+    assert judged(out.images[0], {"given_tokens": 3}).result == "unknown"
+    assert judged(out.images[0], {"prompt": "a cat " * 20_000}).reason == "its prompt is too long to be followed"
+    assert judged(out.images[0], {"prompt": "a cat " * 5_000}).result == "refuted"
+    monkeypatch.setattr(pipe, "paint", None)  # what has other tokens is not painted
+    assert judged(out.images[0], {"noise_seed": 1, "num_inference_steps": 1000}).result == "refuted"
+    monkeypatch.undo()
     monkeypatch.setattr(pipe, "arithmetic_probe", lambda *shape: "0" * 16)  # as on another machine
     assert judged(out.images[0], {}).result == "verified"
     elsewhere = judged(out.images[0].rotate(180), {})

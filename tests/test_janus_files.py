@@ -90,7 +90,7 @@ def test_the_size_is_that_of_the_configuration_whatever_the_folder_is_called(kin
     assert pipe.config["image_size"] == pipe.protocol.size == 64
     pipe.save_pretrained(tmp_path / "saved-1024")
     assert JanusPipeline.from_pretrained(tmp_path / "saved-1024").protocol.size == 64
-    for size, says in ((512, "image_size must be 64, not 512"), (-64, "image_size must be 64, not -64")):
+    for size, says in ((512, "image_size must be 64, not 512"), (-64, "a number of pixels, not -64")):
         with pytest.raises(ArsdError) as error:
             JanusPipeline.from_pretrained(folder, image_size=size)
         one_clear_line(error.value, says)

@@ -180,6 +180,19 @@ def test_programs_in_a_models_folder_are_not_run(tmp_path, place):
     assert vq_source(folder).samefile(folder.parent / family.COSMOS)
 
 
+def test_a_saved_pipeline_runs_no_program_that_nobody_asked_for(samples, tmp_path):
+    """Neither by a hub id, nor in the place of another family's image tokenizer."""
+    samples.pipe("simplear").save_pretrained(tmp_path / "a")
+    assert SimpleARPipeline._check_saved_vq(tmp_path / "a", True) is None
+    with pytest.raises(CheckpointError, match="programs: download the folder and give its path if you trust it"):
+        SimpleARPipeline._check_saved_vq(tmp_path / "a", False)
+    samples.pipe("liquid").save_pretrained(tmp_path / "b")
+    edit(tmp_path / "b" / "model_index.json", vq=["arsd.tokenizers.cosmos", "CosmosTokenizer"])
+    with pytest.raises(ArsdError) as error:
+        arsd.AutoARPipeline.from_pretrained(tmp_path / "b")
+    one_clear_line(error.value, "has the image tokenizer CosmosTokenizer, LiquidPipeline wants VQGANTokenizer")
+
+
 def test_an_image_tokenizer_given_as_folder_or_object_is_part_of_the_model(samples, tmp_path):
     family.write_simplear(tmp_path / "m", family.words_of())
     for seed in (0, 1):

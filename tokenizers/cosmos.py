@@ -43,6 +43,8 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
         InputError: for levels that make no grid.
     """
 
+    runs_code = True  # to load a saved one is to run what is in it
+
     def __init__(
         self,
         encoder: torch.jit.ScriptModule,

@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no readable JSON: download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: download it again")

@@ -102,9 +102,10 @@ def codes_of(network: Any, pixels: Tensor, grids: Tensor) -> list[Tensor]:
         grids: [n, 3] time (1), rows and columns of each.
     """
     vision, vq, found = network.model.visual, network.model.vqmodel, []
-    grids = grids.to(vision.device)
+    device = pixels.device if vision.device.type == "meta" else vision.device  # a hook brings weights and inputs together
+    grids = grids.to(device)
     with in_use(vision.embeddings.position_embedding, vq.quantize.embedding):  # which are read without being called
-        hidden = vision(pixels.to(vision.device, vision.dtype), grid_thw=grids).last_hidden_state
+        hidden = vision(pixels.to(device, vision.dtype), grid_thw=grids).last_hidden_state
         for rows, (_, height, width) in zip(hidden.split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
             features = rows.T.reshape(1, -1, height, width)
             found.append(vq.encode(features).image_tokens.view(height, width))

@@ -138,8 +138,32 @@ class CodeHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         rows = self.rows
-        logits = self.__dict__["head"](hidden)[..., self.ids] if rows is None else F.linear(hidden, rows)
+        if rows is None:
+            every = self.__dict__["head"](hidden)
+            logits = every[..., self.ids.to(every.device)].to(self.ids.device)
+        else:
+            logits = F.linear(hidden.to(rows.device), rows)
         return F.pad(logits, (0, self.marks))
+
+
+class BroughtTo(nn.Module):
+    """A module of a network whose layers may lie on several devices; what it gives comes to one of them.
+
+    Args:
+        device: which.
+        module: computes where its weights are.
+        out_features: as of a linear layer, where it is a head.
+    """
+
+    def __init__(self, device: torch.device, module: nn.Module, out_features: int = 0) -> None:
+        super().__init__()
+        self.device, self.out_features = device, out_features
+        self.__dict__["module"] = module
+
+    def forward(self, value: Tensor) -> Tensor:
+        """What the module gives."""
+        found: Tensor = self.__dict__["module"](value)
+        return found.to(self.device)
 
 
 def word_ids(tokenizer: Any, names: Sequence[str]) -> list[int]:
