@@ -216,7 +216,7 @@ def _judge(
         exact = case.record.get("probe") == probe
         flips, hard = int(replay.flips[b].sum()), int((replay.gaps[b] > MARGINS[dtype]).sum())
         pixels: bool | None = None
-        if not (flips if exact else hard):  # pixels of other tokens say nothing, and may cost a diffusion model's time
+        if pipe._same_pixels_elsewhere or not (flips if exact else hard):  # or a diffusion model would paint for nothing
             painted = pipe.paint(replay.tokens[b : b + 1], raster, [case.record])[0]
             pixels = _same_pixels(case.image, painted, 0 if exact else PIXEL_LEVELS)
             if not (pixels or exact or pipe._same_pixels_elsewhere):

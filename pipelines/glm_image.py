@@ -151,6 +151,10 @@ class GLMImagePipeline(TokenImagePipeline):
         return pipe
 
     @classmethod
+    def _check_saved_vq(cls, folder: Path, is_local: bool) -> None:
+        """See :class:`TokenImagePipeline`: there is none."""
+
+    @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
         types: dict[str, Any] = super(TokenImagePipeline, cls)._get_signature_types()
         return types

@@ -35,7 +35,7 @@ from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.prefix import to_pixels
 
 MOST_SLOTS = 1 << 13  # of a prompt; the longest pass reads them all, and its attention grows with their square
-MOST_TOKENS = 1 << 17  # of a picture
+MOST_TOKENS = 1 << 20  # of a picture
 SLOTS = 32  # conditions are padded to a multiple of it, so that the bits of a picture seldom depend on the other prompts
 
 
