@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arsd.errors import CheckpointError, InputError
 from arsd.models.folders import config_of
+from arsd.tokenizers.checks import check_ids, check_pictures
 
 FILES = {"encoder": "encoder.jit", "decoder": "decoder.jit"}
 HUB = "huggingface.co/nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
@@ -80,9 +81,7 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
             CheckpointError: when the encoder gives no such ids: it is another tokenizer's.
         """
         factor = self.downsample_factor
-        sides_fit = images.ndim == 4 and images.numel() and not (images.shape[2] % factor or images.shape[3] % factor)
-        if not sides_fit or images.shape[1] != 3:
-            raise InputError(f"pictures must be [B, 3, H, W] with sides in multiples of {factor}, not {tuple(images.shape)}")
+        check_pictures(images, factor)
         found = _run(self.encoder, images[:, :, None].to(self.device, self.dtype))
         ids = found[0] if isinstance(found, tuple) else found
         grid = (len(images), 1, images.shape[2] // factor, images.shape[3] // factor)
@@ -99,10 +98,7 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
             InputError: when the ids are not a [B, h, w] grid of codes.
             CheckpointError: when the decoder gives no such pictures: it is another tokenizer's.
         """
-        codes = math.prod(self.config["levels"])
-        is_grid = ids.ndim == 3 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
-        if not is_grid or int(ids.min()) < 0 or int(ids.max()) >= codes:
-            raise InputError(f"ids must be a [B, h, w] grid of whole numbers from 0 to {codes - 1}")
+        check_ids(ids, math.prod(self.config["levels"]))
         videos = _run(self.decoder, ids[:, None].to(self.device))
         size = (len(ids), 3, 1, *(side * self.downsample_factor for side in ids.shape[1:]))
         if videos.shape != size:

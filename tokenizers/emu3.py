@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
-from arsd.errors import InputError
+from arsd.tokenizers.checks import check_ids, check_pictures
 
 
 class Emu3VQTokenizer(ModelMixin, ConfigMixin):
@@ -79,9 +79,7 @@ class Emu3VQTokenizer(ModelMixin, ConfigMixin):
             InputError: when a side is not a multiple of the downsampling factor.
         """
         factor = self.downsample_factor
-        sides_fit = images.ndim == 4 and images.numel() and not (images.shape[2] % factor or images.shape[3] % factor)
-        if not sides_fit or images.shape[1] != 3:
-            raise InputError(f"pictures must be [B, 3, H, W] with sides in multiples of {factor}, not {tuple(images.shape)}")
+        check_pictures(images, factor)
         sizes = torch.tensor([images.shape[2:]] * len(images))
         found: Any = self.net.encode(images.to(self.dtype), image_sizes=sizes)
         return torch.stack(list(found.image_tokens))
@@ -93,9 +91,7 @@ class Emu3VQTokenizer(ModelMixin, ConfigMixin):
         Raises:
             InputError: when the ids are not a [B, h, w] grid of codes.
         """
-        is_grid = ids.ndim == 3 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
-        if not is_grid or int(ids.min()) < 0 or int(ids.max()) >= len(self.codebook):
-            raise InputError(f"ids must be a [B, h, w] grid of whole numbers from 0 to {len(self.codebook) - 1}")
+        check_ids(ids, len(self.codebook))
         pixels: Tensor = self.net.decode(ids)
         return pixels
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arsd.errors import InputError
+from arsd.tokenizers.checks import check_ids, check_pictures
 
 _DISTANCES = 2**24  # latents x codes that are compared at once: 64 MiB in float32
 
@@ -109,9 +110,7 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
             InputError: when a side is not a multiple of the downsampling factor.
         """
         factor = self.downsample_factor
-        sides_fit = images.ndim == 4 and images.numel() and not (images.shape[2] % factor or images.shape[3] % factor)
-        if not sides_fit or images.shape[1] != 3:
-            raise InputError(f"pictures must be [B, 3, H, W] with sides in multiples of {factor}, not {tuple(images.shape)}")
+        check_pictures(images, factor)
         latents = self.latents(images.to(self.dtype))
         find = _nearest if self.config["lookup"] == "distance" else _largest
         return find(latents.flatten(0, 2), self.codebook).view(latents.shape[:3])
@@ -123,9 +122,7 @@ class VQGANTokenizer(ModelMixin, ConfigMixin):
         Raises:
             InputError: when the ids are not a [B, h, w] grid of codes.
         """
-        is_grid = ids.ndim == 3 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
-        if not is_grid or int(ids.min()) < 0 or int(ids.max()) >= len(self.codebook):
-            raise InputError(f"ids must be a [B, h, w] grid of whole numbers from 0 to {len(self.codebook) - 1}")
+        check_ids(ids, len(self.codebook))
         return self.pixels(F.embedding(ids, self.codebook))
 
     @classmethod
