@@ -19,7 +19,7 @@ from arsd.models.eagle import EagleDrafter
 from arsd.models.eagle_draft import EagleDraftModel
 from arsd.models.folders import PublishedFiles, config_of, read_json
 from arsd.models.raster import Raster
-from arsd.models.target import DecoderTarget, Place
+from arsd.models.target import DecoderTarget
 from arsd.models.token_images import CodeEmbedding, CodeHead, TokenProtocol
 from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
 from arsd.pipelines.checks import (
@@ -326,8 +326,7 @@ class TokenImagePipeline(ARImagePipeline):
 
         def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
             rest = (total, pass_tokens, conditions.padding, batch, conditions.given)
-            options: Any = {"count_padding": False, "place": self._place(conditions)}
-            return DecoderTarget(self._decoder(model), head, embed, condition, *rest, **options)
+            return DecoderTarget(self._decoder(model), head, embed, condition, *rest, count_padding=False)
 
         return make_target
 
@@ -382,7 +381,3 @@ class TokenImagePipeline(ARImagePipeline):
     def _head(self, model: Any, device: torch.device) -> torch.nn.Module:
         """The head over the loop's ids."""
         return CodeHead(model.get_output_embeddings(), self.protocol.code_ids, len(self.protocol.mark_ids), device)
-
-    def _place(self, conditions: Conditions) -> Place | None:
-        """What a decoder is told of where a token stands, if not how many there are before it."""
-        return None

@@ -87,7 +87,7 @@ def place_by(readings: Sequence[Reading], target: DecoderTarget) -> None:
     target.place = partial(_placed, target, torch.stack(rows).to(target.device))
 
 
-def _placed(target: DecoderTarget, table: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+def _placed(target: DecoderTarget, table: Tensor, positions: Tensor) -> Tensor:
     """[3, B, T] of ``positions`` [B, T]; what a pass feeds behind the end of a picture stands at the end."""
     index = positions.clamp_max(table.shape[2] - 1)[:, None].expand(-1, 3, -1)
     return table[target.pictures].gather(2, index).transpose(0, 1)

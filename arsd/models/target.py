@@ -12,7 +12,7 @@ from arsd.cache import RowCache, harmless_step
 from arsd.decoding.trees import TreeShape, tables
 from arsd.errors import InputError
 
-Place = Callable[[Tensor, Tensor], Tensor]
+Place = Callable[[Tensor], Tensor]
 
 
 def layer_devices(decoder: Any, device: torch.device) -> list[torch.device]:
@@ -40,9 +40,12 @@ class DecoderTarget:
         given: [M, F] tokens that each picture begins with; they are read along with its condition.
         count_padding: whether padded slots count in the positions that the decoder is told (LlamaGen), or every stream
             begins at position 0 (models of plain text, whose streams have lengths of their own).
-        place: what the decoder is told of positions, if it wants something else than these: ``(positions [S * B, T], lengths
-            of the conditions [S * B, 1]) -> position_ids``. A pure function of its arguments.
+
+    Attributes:
+        place: ``positions [S * B, T] -> position_ids`` of a decoder that wants something else than these (GLM-Image).
     """
+
+    place: Place | None = None
 
     def __init__(
         self,
@@ -56,11 +59,10 @@ class DecoderTarget:
         batch: int | None = None,
         given: Tensor | None = None,
         count_padding: bool = True,
-        place: Place | None = None,
     ) -> None:
         if condition.ndim != 4 or condition.shape[2] < 1:
             raise InputError(f"the condition must be [streams, pictures, slots >= 1, width], not {tuple(condition.shape)}")
-        self.decoder, self.head, self.embed, self.place = decoder, head, embed, place
+        self.decoder, self.head, self.embed = decoder, head, embed
         self.streams, pictures, self.prefix = condition.shape[:3]
         self.batch = min(batch or pictures, pictures)
         self.unread, self.first = self.prefix - 1, 0 if given is None else given.shape[1]
@@ -189,8 +191,7 @@ class DecoderTarget:
         if self._shift is not None:
             positions = (positions - self._shift).clamp_min(0)  # what a padded slot reads does not matter
         if self.place is not None:
-            read = torch.full_like(positions[:, :1], self.prefix)
-            positions = self.place(positions, read if self._shift is None else read - self._shift)
+            positions = self.place(positions)
         out = self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
