@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def _optimizers(vq: VQTokenizer, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(inner, lr=lr, weight_decay=0.0), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)]
 
 
+Draw = Callable[[torch.Generator], Tensor]  # a batch of pictures [B, 3, H, W] in [-1, 1]
+
+
 def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr: float = 4e-3, seed: int = 0) -> VQTokenizer:
     """Train (or go on training) the tokenizer; writes checkpoints, a log, sample sheets and ``out/vq``.
 
@@ -125,21 +129,43 @@ def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr:
         lr: peak learning rate, of Muon and AdamW alike.
         seed: seed of weights and batches.
     """
+    data = EmojiData.load(data_dir)
+    train, test = data.subset(False), data.subset(True)
+    weights = torch.from_numpy(train.weights)
+
+    def draw(generator: torch.Generator) -> Tensor:
+        pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
+        return to_tensor(train.images[pick.numpy()])
+
+    return fit(EMOJI_VQ, draw, to_tensor(test.images[:48]), out, minutes, lr, seed)
+
+
+def fit(
+    config: dict[str, Any], draw: Draw, test: Tensor, out: Path, minutes: float, lr: float = 4e-3, seed: int = 0
+) -> VQTokenizer:
+    """Train (or go on training) a tokenizer on pictures from anywhere.
+
+    Args:
+        config: of the :class:`VQTokenizer`.
+        draw: gives a batch; it is shifted and mirrored here.
+        test: [n, 3, H, W] held-out pictures, for the log and the sample sheets.
+        out: run folder; an existing ``checkpoint.pt`` in it is resumed.
+        minutes: whole time budget, over all resumed runs.
+        lr: peak learning rate.
+        seed: seed of weights and batches.
+    """
     if not minutes > 0:
         raise DataError(f"minutes must be positive, not {minutes}")
     torch.manual_seed(seed)
-    data = EmojiData.load(data_dir)
-    train, test = data.subset(False), data.subset(True)
-    vq = VQTokenizer(**EMOJI_VQ).train()
+    vq = VQTokenizer(**config).train()
     run, book = Run(out, vq, _optimizers(vq, lr), lr, minutes), Codebook(vq)
     if run.restored:
         book.sums, book.counts = run.restored["sums"], run.restored["counts"]
     latents, pixels = torch.compile(vq.latents, dynamic=False), torch.compile(vq.pixels, dynamic=False)
-    generator, weights = torch.Generator().manual_seed(seed + run.step), torch.from_numpy(train.weights)
+    generator = torch.Generator().manual_seed(seed + run.step)
     while run.begin_step():
         dx, dy, flip = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,)).tolist() + [bool(torch.rand(()) < 0.5)]
-        pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
-        images = shifted(to_tensor(train.images[pick.numpy()]), dx, dy, flip).contiguous()
+        images = shifted(draw(generator), dx, dy, flip).contiguous()
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             z = latents(images).float()
             flat = z.detach().flatten(0, 2)
@@ -157,17 +183,17 @@ def train_vq(data_dir: Path, out: Path, minutes: float = 60, batch: int = 8, lr:
         run.finish_step(loss, codes_used=int((book.counts > 0.05).sum()))
         if run.due(CHECKPOINT_MINUTES):
             run.save(sums=book.sums, counts=book.counts)
-            now = _averaged(run, book)
-            run.log(psnr_held_out=psnr(now, to_tensor(test.images[:48])))
-            sample_sheet(now, to_tensor(test.images[:72:6]), out / "sheets" / f"{run.step:06d}.png")
-    final = _averaged(run, book)
+            now = _averaged(run, book, config)
+            run.log(psnr_held_out=psnr(now, test))
+            sample_sheet(now, test[:: max(1, len(test) // 12)][:12], out / "sheets" / f"{run.step:06d}.png")
+    final = _averaged(run, book, config)
     final.save_pretrained(out / "vq")
     return final
 
 
-def _averaged(run: Run, book: Codebook) -> VQTokenizer:
+def _averaged(run: Run, book: Codebook, config: dict[str, Any]) -> VQTokenizer:
     """The tokenizer with averaged weights and the present codes."""
-    vq = VQTokenizer(**EMOJI_VQ).eval()
+    vq = VQTokenizer(**config).eval()
     vq.load_state_dict(run.average.values)
     vq.net.quantize.embedding.weight.data.copy_(book.weight)
     return vq
