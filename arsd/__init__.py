@@ -27,6 +27,7 @@ _LAZY = {
     "Emu3VQTokenizer": "arsd.tokenizers.emu3",
     "Eagle": "arsd.decoding.model_strategies",
     "EagleDrafter": "arsd.models.eagle",
+    "FrameCopy": "arsd.decoding.frame_copy",
     "GLMImagePipeline": "arsd.pipelines.glm_image",
     "GenerateFnOutput": "arsd.generation",
     "GroupedSD": "arsd.decoding.relaxed_strategies",
@@ -64,6 +65,7 @@ __all__ = sorted(_LAZY)
 if TYPE_CHECKING:
     from arsd.decoding.bandit_strategies import EXP3Spec, UCBSpec
     from arsd.decoding.costs import PassCosts
+    from arsd.decoding.frame_copy import FrameCopy
     from arsd.decoding.layer_skip import LayerSkip
     from arsd.decoding.lookup import PromptLookup
     from arsd.decoding.model_strategies import Eagle, Hybrid

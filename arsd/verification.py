@@ -160,8 +160,8 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
         return REFUTED, f"this model makes {raster.num_tokens} tokens below {raster.vocab}"
     given = record.get("given_tokens") or 0
-    if (given and raster.first) or given % raster.row_length or not 0 <= given < raster.rows * raster.row_length:
-        return UNKNOWN, "its record is damaged (given_tokens are no whole rows, or all of them)"
+    if not raster.begins(given):
+        return UNKNOWN, "its record is damaged (given_tokens are no whole rows or frames, or all of them)"
     slots = raster.num_tokens + numbers[1] + (record.get("slots") or 0)
     if not 0 <= slots <= MOST_SLOTS or numbers[0] * numbers[1] * slots > MOST_SCORES:
         return UNKNOWN, "its pass shape is too large to be followed"

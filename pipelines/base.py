@@ -1,65 +1,31 @@
-"""What every image pipeline shares: the call from inputs to pictures, seeds, laws, decoding, progress, callbacks."""
+"""The base of all image pipelines: the call from inputs to pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from arsd.decoding import (
-    CounterNoise,
-    DecodeRequest,
-    DecodingStrategy,
-    Grammar,
-    LawConfig,
-    Laws,
-    Setting,
-    build_parts,
-    decode,
-)
-from arsd.decoding.types import DraftModel, OnRound, Round
-from arsd.devices import bring_back, device_kind, dtype_name, in_use
+from arsd.decoding.types import OnRound
+from arsd.devices import in_use
 from arsd.models.raster import Raster
-from arsd.pipelines.checks import Decoders, check_output, rows_of, strategies_of
-from arsd.pipelines.outputs import ARPipelineOutput, Conditions, Generators, noise_keys, of_unit
+from arsd.pipelines.checks import Decoders
+from arsd.pipelines.core import ARPipeline, DraftMaker, TargetMaker
+from arsd.pipelines.outputs import ARPipelineOutput, Conditions, Generators
 from arsd.pipelines.prefix import encode_beginnings, encode_pictures
-from arsd.pipelines.provable import Provable
-from arsd.profile import find_profile
 
-TargetMaker = Callable[[int, int], Any]  # (pass_tokens, batch) -> target
-DraftMaker = Callable[[int], DraftModel]  # window -> the draft model of a call
+__all__ = ["ARImagePipeline", "DraftMaker", "TargetMaker"]
 
 
-class ARImagePipeline(Provable, DiffusionPipeline):
-    """Base of the image pipelines. A subclass turns inputs into conditions and a target; nothing here knows a model.
+class ARImagePipeline(ARPipeline):
+    """Base of the image pipelines; a subclass turns inputs into conditions and a target. See :class:`ARPipeline`."""
 
-    Components: ``transformer``, the model; ``vq``, the image tokenizer; ``decoder``, a :class:`arsd.DecodingStrategy`, which
-    can be swapped like a scheduler; ``drafter``, a draft model or ``None``.
-    """
-
-    _callback_tensor_inputs = ["tokens"]
-    _exclude_from_cpu_offload = ["drafter"]  # small, and used in every pass
-    decoder: DecodingStrategy
-    transformer: Any
-    vq: Any
-    drafter: Any
+    output_class = ARPipelineOutput
 
     # ------------------------------------------------------------------------------------------- what a family provides
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling options that the model was published with (fields of :class:`arsd.decoding.LawConfig`)."""
-        raise NotImplementedError
-
-    @property
-    def takes_classes(self) -> bool:
-        """Whether pictures are made from class labels rather than prompts."""
-        return False
 
     def make_raster(self, height: int | None = None, width: int | None = None) -> Raster:
         """How a picture of this size (pixels; the model's own when ``None``) lies in its tokens.
@@ -73,7 +39,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """Raise InputError for anything that the model cannot work with."""
         raise NotImplementedError
 
-    def encode_inputs(
+    def encode_inputs(  # type: ignore[override]
         self,
         *,
         num_images_per_prompt: int = 1,
@@ -86,29 +52,7 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """Inputs, as :meth:`__call__` takes them, to the conditions of every picture; ``given`` [M, F] go along."""
         raise NotImplementedError
 
-    def null_conditions(self, batch: int, guided: bool) -> Conditions:
-        """Conditions that need no input, for measurements."""
-        raise NotImplementedError
-
-    def target_maker(self, conditions: Conditions, model: Any = None) -> TargetMaker:
-        """(pass_tokens, batch) -> target of these conditions; ``model`` is the transformer unless given."""
-        raise NotImplementedError
-
-    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
-        """What makes the draft model of a call; ``encode(model=...)`` gives the conditions of another model."""
-        return None
-
-    @property
-    def codebook(self) -> Tensor:
-        """The vectors [V, C] of all ids."""
-        vectors: Tensor = self.vq.codebook
-        return vectors
-
     # ------------------------------------------------------------------------------------------------ the same everywhere
-
-    def make_grammar(self, raster: Raster | None = None) -> Grammar:
-        """What each position may hold, for pictures of this layout (the model's own when ``None``)."""
-        return (raster or self.make_raster()).grammar(self._execution_device)
 
     @torch.no_grad()
     def decode_pixels(self, tokens: Tensor, raster: Raster | None = None) -> Tensor:
@@ -131,115 +75,6 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         """
         with in_use(self.vq):
             return encode_pictures(self.vq, image, self.make_raster(height, width))
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after the present pass.
-
-        As in diffusers, the flag belongs to the pipeline: calls that run in parallel threads share it.
-        """
-        return getattr(self, "_interrupt", False)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Forward passes of the last call."""
-        return getattr(self, "_num_timesteps", 0)
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the last call."""
-        return getattr(self, "_guidance_scale", 1.0)
-
-    def check_output(self, output_type: str, callback_inputs: Sequence[str]) -> None:
-        """Raise InputError for an output that this pipeline does not have."""
-        check_output(output_type, callback_inputs, self._callback_tensor_inputs)
-
-    def check_decoder(self, decoder: Decoders) -> list[DecodingStrategy]:
-        """The strategies of a call: the argument (one, or one per picture), else the component.
-
-        Raises:
-            StrategyError: when it is no strategy.
-        """
-        return strategies_of(decoder, self.decoder)
-
-    def law_config(self, given: dict[str, Any]) -> LawConfig:
-        """The sampling options of a call: what was given, else what the model was published with."""
-        known = {field.name for field in fields(LawConfig)}
-        values = {k: v for k, v in self.sampling.items() if k in known}
-        values.update({k: v for k, v in given.items() if v is not None})
-        return LawConfig(**values)
-
-    def run_decoder(
-        self,
-        conditions: Conditions,
-        decoders: list[DecodingStrategy],
-        config: LawConfig,
-        keys: tuple[list[int], list[int]],
-        batch: int,
-        callback: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
-        progress: bool = True,
-        callback_inputs: Sequence[str] = ("tokens",),
-        codebook: Tensor | None = None,
-        draft_model: DraftMaker | None = None,
-        on_picture: Callable[[int, Any], None] | None = None,
-        log_probs: bool = False,
-        trace: bool = False,
-        on_round: OnRound | None = None,
-    ) -> Any:
-        """Decode all pictures: build the parts, run the loop, advance the progress bar by committed tokens.
-
-        Args:
-            conditions: of all pictures.
-            decoders: one strategy, or one per picture.
-            config: sampling options.
-            keys: seeds and image indices of the pictures.
-            batch: rows of a pass.
-            callback: diffusers' ``callback_on_step_end``; the step is the pass, the timestep the tokens done so far.
-            progress: show the bar.
-            callback_inputs: tensors that the callback gets (copies).
-            codebook: vectors [V, C] of all ids, for the rules that compare them.
-            draft_model: makes the draft model of the call for a window.
-            on_picture: called with each picture that is finished, and its own result.
-            log_probs: also return log-probabilities and entropies.
-            trace: also return every pass.
-            on_round: hears of every pass, and stops the call with ``True``.
-        """
-        count, device, raster, given = len(keys[0]), self._execution_device, conditions.raster, conditions.given
-        grammar = self.make_grammar(raster)
-        noise = CounterNoise(*keys, device, batch)
-        profile = find_profile(self.model_hash, device_kind(device), dtype_name(self))
-        laws = Laws(config, grammar)
-        call = (batch, grammar.num_tokens, raster.row_length, grammar, noise, device, profile, laws)
-        parts = build_parts(decoders, Setting(*call, codebook=codebook, draft_model=draft_model, given=given))
-        bring_back(self.transformer)  # conditions of a small drafter may have pushed it out
-        target = self.target_maker(conditions)(parts.pass_tokens, batch)
-        self._interrupt, self._num_timesteps, step, done = False, 0, 0, 0
-        total = (grammar.num_tokens - (0 if given is None else given.shape[1])) * count
-        with self.progress_bar(total=total) if progress else _Silent() as bar:
-
-            def on_commit(count: int, tokens: Tensor) -> bool:
-                nonlocal step, done
-                done += count
-                bar.update(count)
-                if callback is not None:
-                    callback(self, step, done, {name: tokens.clone() for name in callback_inputs})
-                    bring_back(self.transformer)
-                step += 1
-                self._num_timesteps = step
-                return self.interrupt
-
-            def heard(turn: Round) -> bool | None:
-                stop = None if on_round is None else on_round(turn)
-                bring_back(self.transformer)  # who looks at pictures meanwhile may push it out
-                return stop
-
-            hears: dict[str, Any] = {"on_commit": on_commit, "on_picture": on_picture}
-            hears["on_round"] = None if on_round is None else heard
-            size = grammar.num_tokens, raster.row_length, given
-            request = DecodeRequest(*size, log_probs=log_probs, trace=trace, pictures=count, **hears)
-            result = decode(target, parts, laws, noise, request, batch)
-            result.tokens = result.tokens.clone()  # out of inference mode: autograd may use it
-            return result
 
     @torch.no_grad()
     def __call__(
@@ -344,70 +179,15 @@ class ARImagePipeline(Provable, DiffusionPipeline):
         guided = config.guidance_scale != 1 or (prompt_images is not None and config.image_guidance_scale != 1)
         inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": guided}
         encode = partial(self.encode_inputs, **inputs, height=height, width=width, given=given)
-        conditions = encode()
-        batch = rows_of(strategies, len(conditions.inputs), batch_size)
-        keys = noise_keys(generator, len(conditions.inputs))
+        how = {"progress": progress, "log_probs": log_probs, "trace": trace, "on_round": on_round}
+        how |= {"callback": callback_on_step_end, "callback_inputs": callback_on_step_end_tensor_inputs}
 
         # 3. Decode and turn into pictures
-        decoders = strategies if len(strategies) > 1 else strategies * len(conditions.inputs)
-        described = list(zip(*keys, decoders, conditions.inputs, strict=True))
-        painted: dict[int, Tensor] = {}
-
-        def output(result: Any, chosen: Sequence[int]) -> ARPipelineOutput:
-            columns = zip(*(described[i] for i in chosen), strict=True)
-            seeds, indices, made_by, made_of = (list(column) for column in columns)
-            if output_type == "latent":
-                images = conditions.raster.to_codes(result.tokens)
-            else:
-                for k, i in enumerate(chosen):
-                    if i not in painted:  # on_picture may have been shown it
-                        record = {**made_of[k], "noise_seed": seeds[k], "image_index": indices[k]}
-                        extra = conditions.extra and [conditions.extra[i]]
-                        painted[i] = self.paint(result.tokens[k : k + 1], conditions.raster, [record], extra)
-                images = of_unit(torch.cat([painted[i] for i in chosen]), output_type)
-            recorded = (result.log_probs, result.entropies, result.trace)
-            return ARPipelineOutput(images, result.tokens, result.stats, seeds, indices, config, made_by, made_of, *recorded)
-
-        def finished(picture: int, result: Any) -> None:
-            assert on_picture is not None
-            on_picture(picture, output(result, [picture]))
-            bring_back(self.transformer)
-
-        with in_use(self.transformer):
-            result = self.run_decoder(
-                conditions,
-                strategies,
-                config,
-                keys,
-                batch,
-                callback_on_step_end,
-                progress,
-                callback_on_step_end_tensor_inputs,
-                codebook,
-                self.draft_maker(conditions, batch, encode),
-                None if on_picture is None else finished,
-                log_probs=log_probs,
-                trace=trace,
-                on_round=on_round,
-            )
-        result_output = output(result, range(len(conditions.inputs)))
-        self.maybe_free_model_hooks()
-        return result_output if return_dict else (result_output.images,)
+        where = (generator, batch_size, output_type, codebook, on_picture)
+        made = self.produce(encode, strategies, config, *where, **how)
+        return made if return_dict else (made.images,)
 
 
 def _count(given: Any) -> int:
     """How many inputs there are."""
     return 1 if isinstance(given, (str, int)) or (isinstance(given, Tensor) and given.ndim == 0) else len(given)
-
-
-class _Silent:
-    """Stands in for a progress bar."""
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        """Nothing to show."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 
 from arsd.decoding import SJD, DecodingStrategy
-from arsd.decoding.small_ar import SmallARDrafter
-from arsd.decoding.types import DraftModel
 from arsd.devices import in_use
-from arsd.errors import CheckpointError, InputError, warn_caller
-from arsd.models.captions import clean_caption, encode_captions, unknown_words
+from arsd.errors import CheckpointError, InputError
 from arsd.models.eagle import EagleDrafter
-from arsd.models.eagle_draft import EagleDraftModel
 from arsd.models.llamagen import LlamaGenTransformer
 from arsd.models.llamagen_files import load_transformer, load_vq
 from arsd.models.raster import Raster
-from arsd.models.target import DecoderTarget
 from arsd.models.text_encoders import load_t5_encoder
-from arsd.pipelines.base import ARImagePipeline, DraftMaker, TargetMaker
-from arsd.pipelines.checks import check_count, check_prompts, dtype_of, saved_component
+from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.captioned import Captioned
+from arsd.pipelines.checks import check_count, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.tokenizers.vq import VQTokenizer
 
@@ -34,7 +30,7 @@ PUBLISHED_SAMPLING = {
 """What upstream's sampling scripts use; its evaluation of class models has guidance 1.5 to 2 and no top-k."""
 
 
-class LlamaGenPipeline(ARImagePipeline):
+class LlamaGenPipeline(Captioned, ARImagePipeline):
     """Pictures from class labels or prompts, token by token or many tokens per pass.
 
     Args:
@@ -77,17 +73,10 @@ class LlamaGenPipeline(ARImagePipeline):
         cls, pretrained_model_name_or_path: str | Path, *, vq: Any = None, dtype: Any = None, **options: Any
     ) -> Any:
         """Load a pipeline folder; ``vq`` may be the path of another image tokenizer, or an object. See diffusers."""
-        from arsd.pipelines.families import check_class
-
-        check_class(pretrained_model_name_or_path, cls)
         dtype = dtype_of(dtype, options)
         if vq is not None:
             options["vq"] = vq if isinstance(vq, VQTokenizer) else _tokenizer(vq, dtype)
-        options |= {} if dtype is None else {"dtype": dtype}
-        pipe = super().from_pretrained(str(pretrained_model_name_or_path), **options)
-        if Path(pretrained_model_name_or_path).is_dir():
-            pipe.remember_sources(pretrained_model_name_or_path, parts=options)
-        return pipe
+        return cls.from_saved(pretrained_model_name_or_path, dtype, options)
 
     @classmethod
     def from_single_file(
@@ -188,34 +177,9 @@ class LlamaGenPipeline(ARImagePipeline):
             raise InputError(
                 "this model is text-conditional: give a prompt" if wants_text else "this model needs class_labels"
             )
-        if prompt is not None:
-            check_prompts(prompt)
-            if self.tokenizer is None or self.text_encoder is None:
-                raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
-        if prompt_embeds is not None and prompt_attention_mask is None:
-            raise InputError("prompt_embeds need their prompt_attention_mask")
+        self.check_captions(prompt, prompt_embeds, prompt_attention_mask)
         check_count(num_images_per_prompt)
         self.make_raster(height, width)
-
-    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Left-padded caption features [B, T, caption_dim] and mask [B, T]; warns of words the tokenizer does not know.
-
-        Each prompt is encoded by itself: its features must not depend on the others, not even in the last bit.
-
-        Raises:
-            InputError: when the pipeline has no text encoder.
-        """
-        if self.tokenizer is None or self.text_encoder is None:
-            raise InputError("this pipeline has no text encoder: load one, or give prompt_embeds")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if self.config["clean_captions"]:
-            prompts = [clean_caption(text) for text in prompts]
-        strange = sorted({word for text in prompts for word in unknown_words(self.tokenizer, text)})
-        if strange:
-            warn_caller(f"the text encoder does not know: {', '.join(strange)}")
-        length = self.transformer.config["condition_tokens"]
-        encoded = [encode_captions(self.tokenizer, self.text_encoder, [text], length) for text in prompts]
-        return torch.cat([features for features, _ in encoded]), torch.cat([mask for _, mask in encoded])
 
     @torch.no_grad()
     def encode_inputs(  # type: ignore[override]
@@ -239,24 +203,14 @@ class LlamaGenPipeline(ARImagePipeline):
             InputError: for labels that are none.
         """
         model = model or self.transformer
-        device, dtype, mask = self._execution_device, model.dtype, None
+        device, mask = self._execution_device, None
         if class_labels is not None:
             labels = _labels(class_labels, device)
             with in_use(model):
                 rows, inputs = model.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
         else:
-            inputs = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
-            if prompt is not None and prompt_embeds is None:
-                prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
-            assert prompt_embeds is not None and prompt_attention_mask is not None
-            embeds, mask = prompt_embeds.to(device, dtype), prompt_attention_mask.to(device)
-            if embeds.shape[:1] != mask.shape[:1] or not len(embeds):
-                raise InputError("prompt_embeds and prompt_attention_mask must have the same number of rows, at least one")
-            pairs = zip(embeds.split(1), mask.split(1), strict=True)  # one by one, as encode_prompt does
-            with in_use(model):
-                rows = torch.cat([model.embed_captions(*pair) for pair in pairs])
+            rows, mask, inputs = self.caption_slots(model, prompt, prompt_embeds, prompt_attention_mask)
             mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
-            inputs = inputs or [{}] * len(rows)
         rows = rows.repeat_interleave(num_images_per_prompt, dim=0)
         given = None if given is None else given.to(device)
         each = [one | with_given(given) for one in inputs for _ in range(num_images_per_prompt)]
@@ -273,34 +227,6 @@ class LlamaGenPipeline(ARImagePipeline):
         labels = torch.arange(batch, device=self._execution_device) % self.transformer.config["num_classes"]
         return self._conditions(self.transformer, self.transformer.embed_classes(labels), None, guided, [{}] * batch)
 
-    def target_maker(self, conditions: Conditions, model: LlamaGenTransformer | None = None) -> TargetMaker:
-        """See :class:`ARImagePipeline`."""
-        lm, total = (model or self.transformer).lm, conditions.raster.num_tokens
-
-        def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
-            inputs = (conditions.condition, total, pass_tokens, conditions.padding, batch, conditions.given)
-            return DecoderTarget(lm.model, lm.lm_head, lm.model.embed_tokens, *inputs)
-
-        return make_target
-
-    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
-        """See :class:`ARImagePipeline`."""
-        drafter, lm, total = self.drafter, self.transformer.lm, self.transformer.num_tokens
-
-        def make_eagle(window: int) -> DraftModel:
-            parts = (lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens, conditions.condition, total)
-            return EagleDraftModel(drafter, *parts, window, conditions.padding, batch, conditions.given)
-
-        def make_small(window: int) -> DraftModel:
-            if drafter.num_tokens != total:
-                raise InputError(f"the drafter draws {drafter.num_tokens} tokens, the model {total}: they must be the same")
-            maker = self.target_maker(encode(model=drafter), drafter)
-            return SmallARDrafter(maker(max(window, 2), batch), window)
-
-        if drafter is None:
-            return None
-        return make_eagle if isinstance(drafter, EagleDrafter) else make_small
-
     def _conditions(
         self,
         model: LlamaGenTransformer,
@@ -311,11 +237,9 @@ class LlamaGenPipeline(ARImagePipeline):
         given: Tensor | None = None,
     ) -> Conditions:
         """Both streams; the null stream reuses the conditional padding, as upstream does."""
-        padding = None if mask is None else (mask == 0)[None]
-        condition = rows[None]
-        if guided and mask is not None:
-            condition = torch.stack([rows, model.embed_null_caption(len(rows))])
-            padding = (mask == 0).expand(2, -1, -1)
+        padding, condition = None, rows[None]
+        if mask is not None:
+            condition, padding = self.caption_streams(model, rows, mask, guided)
         elif guided:
             labels = torch.full((len(rows),), model.config["num_classes"], device=rows.device)
             condition = torch.stack([rows, model.embed_classes(labels)])

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from arsd.decoding import DecodeStats, DecodingStrategy, LawConfig
 from arsd.errors import InputError
-from arsd.models.raster import Raster
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -28,7 +27,7 @@ class Conditions:
         condition: [S, M, P, D] embedded condition of every stream and picture.
         padding: [S, M, P], True at padded slots, or ``None``.
         inputs: [M] the same for people and records: ``{"prompt": ...}``, ``{"class_label": ...}`` or ``{}``.
-        raster: how the pictures lie in their tokens.
+        raster: how they lie in their tokens: a :class:`arsd.models.raster.Raster` or :class:`arsd.models.volume.Volume`.
         given: [M, F] tokens that the pictures begin with, or ``None``.
         ids: [S, M, P] the words of the condition, where it consists of words.
         extra: [M] what else a family keeps of each picture, for its target or its painting.
@@ -37,7 +36,7 @@ class Conditions:
     condition: Tensor
     padding: Tensor | None
     inputs: list[dict[str, Any]]
-    raster: Raster
+    raster: Any
     given: Tensor | None = None
     ids: Tensor | None = None
     extra: list[Any] | None = None
@@ -64,6 +63,39 @@ class ARPipelineOutput(BaseOutput):
     """
 
     images: Any
+    tokens: Tensor
+    stats: DecodeStats
+    seeds: list[int]
+    image_indices: list[int]
+    law_config: LawConfig
+    decoders: list[DecodingStrategy]
+    inputs: list[dict[str, Any]]
+    log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    trace: Any = None
+
+
+@dataclass
+class ARVideoOutput(BaseOutput):
+    """What a video pipeline returns: as :class:`ARPipelineOutput`, with clips in the place of pictures.
+
+    Args:
+        frames: clips in the order asked for: a list of PIL pictures for each (``pil``), [B, T, H, W, 3] in [0, 1] (``np``),
+            [B, T, 3, H, W] in [0, 1] (``pt``), or the codes [B, t, h, w] (``latent``). ``diffusers.utils.export_to_video``
+            takes ``frames[0]``.
+        tokens: [B, N] see :class:`ARPipelineOutput`, as all that follow.
+        stats: figures of the call.
+        seeds: [B] noise seed of each clip.
+        image_indices: [B] index under which each clip's noise was drawn.
+        law_config: the sampling options that were in force.
+        decoders: [B] strategy of each clip.
+        inputs: [B] what each clip was made of.
+        log_probs: [B, N], when asked for.
+        entropies: [B, N], when asked for.
+        trace: every pass, when asked for.
+    """
+
+    frames: Any
     tokens: Tensor
     stats: DecodeStats
     seeds: list[int]
@@ -112,13 +144,16 @@ def to_output(pixels: Tensor, output_type: str) -> Any:
 
 
 def of_unit(unit: Tensor, output_type: str) -> Any:
-    """:func:`to_output` of pictures [B, 3, H, W] that are float32 in [0, 1] already."""
+    """:func:`to_output` of pictures [B, 3, H, W], or clips [B, T, 3, H, W], that are float32 in [0, 1] already."""
     if output_type == "pt":
         return unit
-    array = unit.permute(0, 2, 3, 1).cpu().numpy()
+    array = unit.movedim(-3, -1).cpu().numpy()
     if output_type == "np":
         return array
-    return [Image.fromarray(picture) for picture in np.round(array * 255).astype(np.uint8)]
+    bytes_ = np.round(array * 255).astype(np.uint8)
+    if bytes_.ndim == 5:
+        return [[Image.fromarray(frame) for frame in clip] for clip in bytes_]
+    return [Image.fromarray(picture) for picture in bytes_]
 
 
 def with_given(given: Tensor | None) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 As in NVIDIA's network, the encoder gives ``(ids [B, t, h, w] int32, codes [B, c, t, h, w], loss)``, the decoder takes ids. A
 code is c numbers; digit i of an id counts in steps of ``prod(levels[:i])``, and stands for ``(digit - l // 2) / (l // 2)``.
+In time, the first frame has ids of its own, and then each group of 8 frames: here those of the frames' mean, and on the way
+back the k-th frame of a group has k / 8 of its contrast.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from published_files import State, write_json
 from torch import Tensor, nn
 
-LEVELS, SIDE = (4, 2, 4), 16
+LEVELS, SIDE, STEP = (4, 2, 4), 16, 8
 
 
 class Quantizer(nn.Module):
@@ -32,10 +34,12 @@ class Quantizer(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
-        self.conv, self.quantizer = nn.Conv3d(3, len(levels), (1, SIDE, SIDE), (8, SIDE, SIDE)), Quantizer(levels)
+        self.conv, self.quantizer = nn.Conv3d(3, len(levels), (1, SIDE, SIDE), (1, SIDE, SIDE)), Quantizer(levels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ids, codes = self.quantizer(self.conv(x).permute(0, 2, 3, 4, 1))
+        b, c, t, h, w = x.shape
+        means = x[:, :, 1:].reshape(b, c, (t - 1) // 8, 8, h, w).mean(3)
+        ids, codes = self.quantizer(self.conv(torch.cat([x[:, :, :1], means], 2)).permute(0, 2, 3, 4, 1))
         return ids, codes.permute(0, 4, 1, 2, 3).to(x.dtype), x.new_zeros(1)
 
 
@@ -49,7 +53,9 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         half = self.levels // 2
         codes = ((ids[..., None] // self.basis) % self.levels - half) / half
-        return torch.tanh(self.conv(codes.permute(0, 4, 1, 2, 3).to(self.conv.weight.dtype)))
+        x = self.conv(codes.permute(0, 4, 1, 2, 3).to(self.conv.weight.dtype))
+        share = torch.arange(1, 9, device=x.device, dtype=x.dtype)[:, None, None] / 8
+        return torch.tanh(torch.cat([x[:, :, :1], (x[:, :, 1:, None] * share).flatten(2, 3)], 2))
 
 
 def write_cosmos(
@@ -83,10 +89,27 @@ def code_of(number: int, levels: tuple[int, ...] = LEVELS) -> list[float]:
 
 def decode(state: State, ids: Tensor, levels: tuple[int, ...] = LEVELS) -> Tensor:
     """[B, 3, H, W] pictures of ids [B, h, w], patch by patch, in double precision."""
+    return torch.tanh(_contrast(state, ids, levels))
+
+
+def decode_video(state: State, ids: Tensor, levels: tuple[int, ...] = LEVELS) -> Tensor:
+    """[B, 3, T, H, W] videos of ids [B, t, h, w], frame by frame."""
+    groups = [_contrast(state, ids[:, i], levels) for i in range(ids.shape[1])]
+    frames = [groups[0], *(group * k / STEP for group in groups[1:] for k in range(1, STEP + 1))]
+    return torch.tanh(torch.stack(frames, 2))
+
+
+def _contrast(state: State, ids: Tensor, levels: tuple[int, ...]) -> Tensor:
     weight, bias = state["decoder.conv.weight"].double(), state["decoder.conv.bias"].double()
     table = torch.tensor([code_of(n, levels) for n in range(int(ids.max()) + 1)], dtype=torch.float64)
     patches = torch.einsum("bhwc,cdij->bdhiwj", table[ids], weight[:, :, 0])
-    return torch.tanh(patches.flatten(4, 5).flatten(2, 3) + bias[:, None, None])
+    return patches.flatten(4, 5).flatten(2, 3) + bias[:, None, None]
+
+
+def encode_video(state: State, frames: Tensor, levels: tuple[int, ...] = LEVELS) -> Tensor:
+    """Ids [B, t, h, w] of videos [B, 3, T, H, W]."""
+    groups = [frames[:, :, 0], *(group.double().mean(2) for group in frames[:, :, 1:].split(STEP, dim=2) if group.numel())]
+    return torch.stack([encode(state, group, levels) for group in groups], 1)
 
 
 def encode(state: State, images: Tensor, levels: tuple[int, ...] = LEVELS) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Cosmos tokenizer: TorchScript files with NVIDIA's signatures give ids and pictures, and are saved and loaded again."""
+"""The Cosmos tokenizer: TorchScript files with NVIDIA's signatures give ids, pictures and videos, and are saved again."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 32, 48, generator=seeded(1)) * 2 - 1
 
 
+def videos(frames: int = 17, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, frames, 32, 48, generator=seeded(2)) * 2 - 1
+
+
 def script(module: nn.Module, path: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,6 +50,29 @@ def test_ids_and_pictures_are_what_the_files_give(tmp_path, levels):
     alone = torch.cat([vq.decode(one[None]) for one in ids])
     torch.testing.assert_close(alone, found)
     assert torch.equal(vq.decode(ids.int()), found)
+
+
+@pytest.mark.parametrize("levels", [reference.LEVELS, PUBLISHED])
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_ids_and_videos_are_what_the_files_give(tmp_path, levels, frames):
+    state = reference.write_cosmos(tmp_path, levels)
+    vq = CosmosTokenizer.from_pretrained(tmp_path)
+    ids = vq.encode_video(videos(frames))
+    assert ids.dtype == torch.int64 and ids.shape == (2, 1 + frames // 8, 2, 3) and len(ids.unique()) > 6
+    assert torch.equal(ids, reference.encode_video(state, videos(frames), levels)) and vq.temporal_factor == 8
+    found = vq.decode_video(ids)
+    torch.testing.assert_close(found.double(), reference.decode_video(state, ids, levels), atol=1e-6, rtol=0)
+    assert found.shape == videos(frames).shape and found.std() > 0.1 and not found.requires_grad
+    torch.testing.assert_close(torch.cat([vq.decode_video(one[None]) for one in ids]), found)
+
+
+def test_a_picture_is_a_video_of_one_frame_and_beginnings_do_not_depend_on_what_follows(tmp_path):
+    reference.write_cosmos(tmp_path)
+    vq = CosmosTokenizer.from_pretrained(tmp_path)
+    ids = vq.encode_video(videos(17))
+    assert torch.equal(vq.encode(pictures()), vq.encode_video(pictures()[:, :, None])[:, 0])
+    assert torch.equal(vq.decode(ids[:, 0]), vq.decode_video(ids[:, :1])[:, :, 0])
+    assert torch.equal(vq.encode_video(videos(17)[:, :, :9]), ids[:, :2])
 
 
 def test_the_codebook_is_in_the_order_of_the_ids(tmp_path):
@@ -190,6 +217,50 @@ def test_programs_of_another_tokenizer_are_named_when_they_show_it(tmp_path):
     one_clear_line(
         error.value, "decoder.jit gives [1, 3, 1, 16, 24] where pictures [1, 3, 1, 32, 48] belong: give the folder"
     )
+
+
+def test_programs_with_another_step_in_time_are_named(tmp_path):
+    """As a tokenizer with 4 frames per code is."""
+    reference.write_cosmos(tmp_path)
+    vq = CosmosTokenizer.from_pretrained(tmp_path)
+    other = CosmosTokenizer(vq.encoder, vq.decoder, reference.LEVELS, temporal_factor=4)
+    assert other.temporal_factor == 4
+    with pytest.raises(CheckpointError) as error:
+        other.encode_video(videos(9))
+    one_clear_line(error.value, "gives torch.int32 [2, 2, 2, 3] where ids [2, 3, 2, 3] belong: give the folder")
+    with pytest.raises(CheckpointError) as error:
+        other.decode_video(torch.zeros(1, 2, 1, 1, dtype=torch.int64))
+    one_clear_line(error.value, "gives [1, 3, 9, 16, 16] where pictures [1, 3, 5, 16, 16] belong: give the folder")
+    other.save_pretrained(tmp_path / "again")
+    assert CosmosTokenizer.from_pretrained(tmp_path / "again").temporal_factor == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((3, 9, 32, 32), "videos must be [B, 3, T, H, W] with T = 1 + 8 k frames, not (3, 9, 32, 32)"),
+        ((1, 3, 8, 32, 32), "videos must be [B, 3, T, H, W] with T = 1 + 8 k frames"),
+        ((1, 3, 0, 32, 32), "videos must be"),
+        ((1, 4, 9, 32, 32), "pictures must be [B, 3, H, W]"),
+        ((1, 3, 9, 40, 32), "sides in multiples of 16"),
+        ((0, 3, 9, 32, 32), "pictures must be [B, 3, H, W]"),
+    ],
+)
+def test_what_is_no_video_is_refused(tmp_path, shape, says):
+    reference.write_cosmos(tmp_path)
+    with pytest.raises(InputError) as error:
+        CosmosTokenizer.from_pretrained(tmp_path).encode_video(torch.zeros(shape))
+    one_clear_line(error.value, says)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.zeros(2, 2, 2).long(), torch.zeros(1, 2, 2, 2), torch.full((1, 1, 2, 2), 32), torch.zeros(1, 0, 2, 2).long()],
+)
+def test_what_are_no_ids_of_a_video_is_refused(tmp_path, ids):
+    reference.write_cosmos(tmp_path)
+    with pytest.raises(InputError, match="ids"):
+        CosmosTokenizer.from_pretrained(tmp_path).decode_video(ids)
 
 
 @pytest.mark.parametrize("levels", [(), (8, 1), ("a",), (8, 2.5)])

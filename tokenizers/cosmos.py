@@ -1,8 +1,9 @@
-"""NVIDIA's Cosmos tokenizer with discrete codes (arXiv 2501.03575) for pictures, in the form it was published: TorchScript.
+"""NVIDIA's Cosmos tokenizer with discrete codes (arXiv 2501.03575), in the form it was published: TorchScript.
 
-Cosmos-1.0-Tokenizer-DV8x16x16 reads videos; a picture is a video of one frame. Its codes are points of a fixed grid (finite
-scalar quantisation, arXiv 2309.15505), so there is no codebook to load. **TorchScript files are programs: to load and call
-them is to run the code in them.** Take them from NVIDIA, or from whom you trust as much.
+Cosmos-1.0-Tokenizer-DV8x16x16 (Cosmos-Tokenize1-DV8x16x16-720p is its successor) reads videos; a picture is a video of one
+frame. Its codes are points of a fixed grid (finite scalar quantisation, arXiv 2309.15505), so there is no codebook to load.
+**TorchScript files are programs: to load and call them is to run the code in them.** Take them from NVIDIA, or from whom you
+trust as much.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
         levels: values that each channel of a code can take (64,000 codes by default). A code's id is
             ``sum_i digit_i * prod(levels[:i])``: the first channel counts fastest, as in NVIDIA's ``FSQuantizer``.
         factor: pixels per code along one side.
+        temporal_factor: frames per code behind the first frame, which has codes of its own: t codes are
+            1 + temporal_factor (t - 1) frames.
 
     Raises:
         InputError: for levels that make no grid.
@@ -52,17 +55,23 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
         decoder: torch.jit.ScriptModule,
         levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
         factor: int = 16,
+        temporal_factor: int = 8,
     ) -> None:
         super().__init__()
         if not levels or not all(isinstance(level, int) and level > 1 for level in levels):
             raise InputError(f"levels must be whole numbers of 2 or more, not {list(levels)}")
-        self.register_to_config(levels=list(levels), factor=factor)
+        self.register_to_config(levels=list(levels), factor=factor, temporal_factor=temporal_factor)
         self.encoder, self.decoder = encoder, decoder
 
     @property
     def downsample_factor(self) -> int:
         """Pixels per token along one side."""
         return int(self.config["factor"])
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per token behind the first frame."""
+        return int(self.config["temporal_factor"])
 
     @property
     def codebook(self) -> Tensor:
@@ -80,15 +89,22 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
             InputError: when a side is not a multiple of the downsampling factor.
             CheckpointError: when the encoder gives no such ids: it is another tokenizer's.
         """
-        factor = self.downsample_factor
-        check_pictures(images, factor)
-        found = _run(self.encoder, images[:, :, None].to(self.device, self.dtype))
-        ids = found[0] if isinstance(found, tuple) else found
-        grid = (len(images), 1, images.shape[2] // factor, images.shape[3] // factor)
-        if ids.is_floating_point() or ids.shape != grid:
-            what = f"encoder.jit gives {ids.dtype} {list(ids.shape)} where ids {list(grid)} belong"
-            raise CheckpointError(f"{what}: give the folder of {HUB}")
-        return ids[:, 0].long()
+        check_pictures(images, self.downsample_factor)
+        return self._ids(images[:, :, None])[:, 0]
+
+    @torch.no_grad()
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """Code ids [B, t, h, w] of videos [B, 3, T, H, W] in [-1, 1], T = 1 + :attr:`temporal_factor` (t - 1).
+
+        Raises:
+            InputError: for another number of frames, or when a side is not a multiple of the downsampling factor.
+            CheckpointError: as :meth:`encode`.
+        """
+        step, count = self.temporal_factor, frames.shape[2] if frames.ndim == 5 else 0
+        if count < 1 or (count - 1) % step:
+            raise InputError(f"videos must be [B, 3, T, H, W] with T = 1 + {step} k frames, not {tuple(frames.shape)}")
+        check_pictures(frames[:, :, 0], self.downsample_factor)
+        return self._ids(frames)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -99,12 +115,41 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
             CheckpointError: when the decoder gives no such pictures: it is another tokenizer's.
         """
         check_ids(ids, math.prod(self.config["levels"]))
-        videos = _run(self.decoder, ids[:, None].to(self.device))
-        size = (len(ids), 3, 1, *(side * self.downsample_factor for side in ids.shape[1:]))
+        return self._frames(ids[:, None])[:, :, 0]
+
+    @torch.no_grad()
+    def decode_video(self, ids: Tensor) -> Tensor:
+        """Videos [B, 3, T, H, W] of ids [B, t, h, w], nominally in [-1, 1] and not clamped, in the dtype of the decoder.
+
+        Raises:
+            InputError: when the ids are not a [B, t, h, w] grid of codes.
+            CheckpointError: as :meth:`decode`.
+        """
+        if ids.ndim != 4:
+            raise InputError(f"ids of videos must be a [B, t, h, w] grid, not {tuple(ids.shape)}")
+        check_ids(ids.flatten(0, 1), math.prod(self.config["levels"]))
+        return self._frames(ids)
+
+    def _ids(self, frames: Tensor) -> Tensor:
+        """Ids [B, t, h, w] of frames [B, 3, T, H, W]."""
+        found = _run(self.encoder, frames.to(self.device, self.dtype))
+        ids = found[0] if isinstance(found, tuple) else found
+        height, width = (side // self.downsample_factor for side in frames.shape[3:])
+        grid = (len(frames), 1 + (frames.shape[2] - 1) // self.temporal_factor, height, width)
+        if ids.is_floating_point() or ids.shape != grid:
+            what = f"encoder.jit gives {ids.dtype} {list(ids.shape)} where ids {list(grid)} belong"
+            raise CheckpointError(f"{what}: give the folder of {HUB}")
+        return ids.long()
+
+    def _frames(self, ids: Tensor) -> Tensor:
+        """Frames [B, 3, T, H, W] of ids [B, t, h, w]."""
+        videos: Tensor = _run(self.decoder, ids.to(self.device))
+        height, width = (side * self.downsample_factor for side in ids.shape[2:])
+        size = (len(ids), 3, 1 + self.temporal_factor * (ids.shape[1] - 1), height, width)
         if videos.shape != size:
             what = f"decoder.jit gives {list(videos.shape)} where pictures {list(size)} belong"
             raise CheckpointError(f"{what}: give the folder of {HUB}")
-        return videos[:, :, 0]
+        return videos
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> CosmosTokenizer:
@@ -112,14 +157,14 @@ class CosmosTokenizer(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path: with ``encoder.jit`` and ``decoder.jit``, and a ``config.json`` where levels or
-                factor are not those of DV8x16x16.
+                factors are not those of DV8x16x16.
             options: of diffusers; none is needed (the files tell the dtype).
 
         Raises:
             CheckpointError: when a file is missing or damaged.
         """
         folder = Path(pretrained_model_name_or_path)
-        sizes = {name: value for name, value in config_of(folder).items() if name in ("levels", "factor")}
+        sizes = {name: value for name, value in config_of(folder).items() if name in ("levels", "factor", "temporal_factor")}
         return cls(_load(folder / FILES["encoder"]), _load(folder / FILES["decoder"]), **sizes).eval()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:

@@ -4,6 +4,10 @@ Pictures in folders, zips or npz files:
 
     arsd evaluate FOLDER [FOLDER ...] --reference REAL [--prompts FILE]
 
+Clips, likewise (more in docs/evaluation.md):
+
+    arsd evaluate CLIPS [CLIPS ...] --video --reference REAL [--features i3d:PATH]
+
 Strategies, drawn first (run again, it goes on where it stopped):
 
     arsd evaluate --decoders ar sjd cool-sd:delta=2 --protocol emoji-128 --out runs/mine
@@ -27,6 +31,7 @@ from arsd.cli.common import (
     sampling,
     table,
 )
+from arsd.cli.evaluate_video import add_video_options, check_options, evaluate_clips
 from arsd.errors import InputError
 
 
@@ -34,7 +39,7 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "evaluate",
-        help="judge pictures: FID, KID, CLIP score, speed",
+        help="judge pictures and clips: FID, KID, FVD, CLIP score, speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,6 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="pictures, card, table, plot (default: runs/<protocol>)")
     add_sampling_options(parser)
     add_model_options(parser)
+    add_video_options(parser)
     parser.add_argument("--json", action="store_true", help="print the evaluation card")
     parser.set_defaults(run=run)
 
@@ -73,7 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--pictures must be at least 1, not {arguments.pictures}")
     if arguments.forced < 0:
         raise InputError(f"--forced must not be negative, but is {arguments.forced}")
-    card = _folders(arguments) if arguments.folders else _sweep(arguments)
+    check_options(arguments)
+    if arguments.video:
+        card = evaluate_clips(arguments, _bar)
+    else:
+        card = _folders(arguments) if arguments.folders else _sweep(arguments)
     if arguments.json:
         print(json.dumps(card, ensure_ascii=False))
     return 0

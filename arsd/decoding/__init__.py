@@ -2,6 +2,7 @@
 
 from arsd.decoding.bandit_strategies import EXP3Spec, UCBSpec
 from arsd.decoding.costs import PassCosts
+from arsd.decoding.frame_copy import FrameCopy
 from arsd.decoding.laws import Grammar, Law, LawConfig, Laws
 from arsd.decoding.layer_skip import LayerSkip
 from arsd.decoding.lookup import PromptLookup
@@ -37,6 +38,7 @@ __all__ = [
     "DecodingStrategy",
     "Draft",
     "Eagle",
+    "FrameCopy",
     "Grammar",
     "Hybrid",
     "Law",

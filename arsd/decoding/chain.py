@@ -163,9 +163,8 @@ class HybridDrafter:
         whole("length", length, 1)
         if weight is not None:
             number("weight", weight, 0, otherwise=" or none")
-        call = (setting.batch, setting.num_tokens, setting.row_length, setting.window, setting.grammar, setting.noise)
         self.front = _Front(replace(setting, rule=None), min(length, setting.window - 1), weight)
-        self.rest = Jacobi(redraft_by_rule, init, False, *call, setting.device, setting.given)
+        self.rest = Jacobi.of(setting, redraft_by_rule, init, False)
 
     def begin(self, target: Target) -> None:
         """See :class:`arsd.decoding.types.Drafter`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from arsd.decoding.noise import Noise, Purpose
 from arsd.decoding.options import one_of
 from arsd.decoding.types import Draft, Step, Verdict
 
+if TYPE_CHECKING:
+    from arsd.decoding.strategies import Setting
+
 Redraft = Callable[[Step, Law, Verdict], Tensor]
-INITS = ("uniform", "left", "above", "random")
+INITS = ("uniform", "left", "above", "previous-frame", "random")
 
 
 def redraft_by_rule(step: Step, law: Law, verdict: Verdict) -> Tensor:
@@ -31,6 +35,24 @@ def redraft_independently(step: Step, law: Law, verdict: Verdict) -> Tensor:
     """A fresh draw from p in every slot: SJD as published (arXiv 2410.01699)."""
     behind = torch.arange(step.positions.shape[1], device=step.positions.device) >= verdict.count[:, None]
     return step.noise.categorical(law.probs, Purpose.REDRAFT, step.positions, step.iteration, step.active & behind)
+
+
+def same_place(positions: Tensor, known: Tensor, frame_length: int) -> tuple[Tensor, Tensor]:
+    """The latest position of the same place in a frame that lies below ``known``, and whether there is one.
+
+    Args:
+        positions: [B, K].
+        known: [B, 1] positions below it are known.
+        frame_length: tokens from one frame to the next; 0: there are no frames.
+
+    Returns:
+        Positions [B, K] (0 where there is none) and a mask [B, K].
+    """
+    if not frame_length:
+        return torch.zeros_like(positions), torch.zeros_like(positions, dtype=torch.bool)
+    back = (positions - known).div(frame_length, rounding_mode="floor").clamp_min(0) + 1
+    source = positions - back * frame_length
+    return source.clamp_min(0), source >= 0
 
 
 class NoDraft:
@@ -59,7 +81,8 @@ class Jacobi:
         redraft: how slots behind the first refusal get their next guess.
         init: what a slot holds when it enters the window: ``uniform`` (drawn, and recorded as uniform over the allowed
             ids), ``random`` (the same draw recorded as a point mass, as released SJD code does), ``left`` or ``above`` (a
-            copy of the neighbour). Forced positions start with the forced token.
+            copy of the neighbour), or ``previous-frame`` (a copy of the latest known token at the same place of a clip, see
+            :func:`same_place`; drawn in the first frame). Forced positions start with the forced token.
         needs_law: keep draft laws.
         batch: rows.
         num_tokens: tokens per row.
@@ -67,6 +90,7 @@ class Jacobi:
         grammar: forced and allowed ids.
         noise: for the initial draws.
         given: [M, F] tokens that each picture begins with, or ``None``.
+        frame_length: tokens from one frame of a clip to the next; 0 where there are no frames.
 
     Raises:
         StrategyError: for an unknown ``init``.
@@ -85,9 +109,11 @@ class Jacobi:
         noise: Noise,
         device: torch.device | str = "cpu",
         given: Tensor | None = None,
+        frame_length: int = 0,
     ) -> None:
         self.redraft, self.init, self.needs_law = redraft, one_of("init", init, INITS), needs_law
         self.num_tokens, self.row_length, self.grammar = num_tokens, row_length, grammar
+        self.frame_length = frame_length
         self.noise = noise
         self.given = torch.zeros(batch, 0, dtype=torch.int64, device=device) if given is None else given
         self.guesses = torch.zeros(batch, num_tokens + window, dtype=torch.int64, device=device)
@@ -96,10 +122,17 @@ class Jacobi:
         self._start(list(range(batch)), list(range(batch)))
         self.last_law: tuple[Tensor, Tensor] | None = None  # (first position [B], p [B, W, V]) of the last pass
 
+    @classmethod
+    def of(cls, setting: Setting, redraft: Redraft, init: str, needs_law: bool, window: int | None = None) -> Jacobi:
+        """For a call; ``window`` is the setting's own unless given."""
+        size = setting.batch, setting.num_tokens, setting.row_length, window or setting.window
+        where = setting.grammar, setting.noise, setting.device
+        return Jacobi(redraft, init, needs_law, *size, *where, setting.given, setting.frame_length)
+
     def propose(self, step: Step) -> Draft:
         """Last pass's tokens, and initial ones for the slots that enter."""
         positions = step.positions[:, :-1]
-        if self.init in ("left", "above"):
+        if self.init in ("left", "above", "previous-frame") and positions.shape[1]:
             self._copy_neighbours(positions)
         tokens = self.guesses[self.rows, positions]
         return Draft(tokens, self._recorded_law(positions, tokens) if self.needs_law else None)
@@ -135,16 +168,22 @@ class Jacobi:
         return torch.where(forced >= 0, forced, self.grammar.choice(positions, index))
 
     def _copy_neighbours(self, positions: Tensor) -> None:
-        if not positions.shape[1]:
-            return
         fresh = positions >= self.entered[:, None]
-        left = self.guesses[self.rows, (self.entered[:, None] - 1).clamp_min(0)]
+        copies, known = self._neighbours(positions)
+        fresh &= known & (self.grammar.forced_at(positions) < 0) & self._allowed(positions, copies)
+        now = self.guesses[self.rows, positions]
+        self.guesses[self.rows, positions] = torch.where(fresh, copies, now)
+
+    def _neighbours(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What slots that enter copy, and whether there is anything to copy."""
+        if self.init == "previous-frame":
+            source, known = same_place(positions, self.entered[:, None], self.frame_length)
+            return self.guesses[self.rows, source], known
+        left = self.guesses[self.rows, (self.entered[:, None] - 1).clamp_min(0)].expand_as(positions)
         if self.init == "above" and self.row_length:
             above = self.guesses[self.rows, (positions - self.row_length).clamp_min(0)]
             left = torch.where(positions >= self.row_length, above, left)
-        fresh &= (self.grammar.forced_at(positions) < 0) & (positions > 0) & self._allowed(positions, left)
-        now = self.guesses[self.rows, positions]
-        self.guesses[self.rows, positions] = torch.where(fresh, left, now)
+        return left, positions > 0
 
     def _allowed(self, positions: Tensor, tokens: Tensor) -> Tensor:
         if self.grammar.allowed is None:

@@ -239,7 +239,7 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
                 request.on_picture(picture, rows.result_of(picture, stats))
         if rows.waiting and not stopped:
             with watch("prefill"):
-                stats.prefill_passes += _refill(rows, target, parts, noise)
+                stats.prefill_passes += _refill(rows, target, parts, laws, noise)
     watch.close()
     stats.tokens, stats.near_ties = [n - rows.first for n in rows.done], rows.near_ties.tolist()
     stats.expected_changed_tokens = rows.changed.tolist()
@@ -249,11 +249,13 @@ def decode(target: Target, parts: Parts, laws: Laws, noise: Noise, request: Deco
     return DecodeResult(rows.tokens[:, :-1].clone(), stats, log_probs, entropies, trace)
 
 
-def _refill(rows: _Rows, target: Target, parts: Parts, noise: Noise) -> int:
+def _refill(rows: _Rows, target: Target, parts: Parts, laws: Laws, noise: Noise) -> int:
     """Start waiting pictures in finished rows; the passes that took (passes of one token are too short to read in)."""
     fresh, pictures = rows.refill()
     if not fresh:
         return 0
+    if hasattr(laws.grammar, "join"):  # most are the same for all pictures
+        laws.grammar.join(fresh, pictures)
     for part in (target, noise, parts.drafter):
         part.join(fresh, pictures)
     if hasattr(parts.rule, "join"):  # most rules remember nothing

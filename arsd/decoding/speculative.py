@@ -56,7 +56,7 @@ class JacobiGuesses(Jacobi):
 
     Args:
         setting: of the call.
-        init: ``uniform``, ``random``, ``left`` or ``above``.
+        init: ``uniform``, ``random``, ``left``, ``above`` or ``previous-frame``.
         redraft: ``rule`` goes on with the rule's own tokens, ``gumbel`` with Gumbel-coupled draws, ``independent`` with
             fresh ones; ``auto`` is ``rule`` where that is sound, else ``independent``.
 
@@ -93,6 +93,7 @@ class JacobiGuesses(Jacobi):
             setting.noise,
             setting.device,
             setting.given,
+            setting.frame_length,
         )
 
 

@@ -40,8 +40,9 @@ class Setting:
     (:class:`arsd.decoding.types.DraftModel`) for a window; ``given`` [M, F] are the tokens that pictures begin with.
     ``prompt`` [M, K] are the ids of a text before its first token, -1 where there is none (padding); ``None`` where the
     condition is no text; ``kernel`` is the attention implementation of the model behind it. ``chains_only``: trees of
-    guesses are refused. ``costs`` say what passes cost, by the sizes of the model. ``window`` and ``rule`` are what a
-    strategy tells the drafter that it builds.
+    guesses are refused. ``costs`` say what passes cost, by the sizes of the model. ``frame_length`` are the tokens from one
+    frame of a clip to the next (0 in pictures and text). ``window`` and ``rule`` are what a strategy tells the drafter that
+    it builds.
     """
 
     batch: int
@@ -59,6 +60,7 @@ class Setting:
     kernel: str = ""
     chains_only: bool = False
     costs: PassCosts | None = None
+    frame_length: int = 0
     window: int = 1
     rule: Rule | None = None
 
@@ -137,8 +139,8 @@ class SJD(DecodingStrategy):
             - ``maximal``: the accept-or-residual rule goes on behind the first refusal (SCD-MC, arXiv 2510.24211).
             - ``gumbel-rejection``: Gumbel-coupled guesses, verified by speculative sampling (SCD-GS, same paper).
             - ``independent``: fresh draws, as SJD was published.
-        init: what a slot holds when it enters the window: ``uniform``, ``random``, ``left`` or ``above``; see
-            :class:`arsd.decoding.drafters.Jacobi`.
+        init: what a slot holds when it enters the window: ``uniform``, ``random``, ``left``, ``above`` or (in clips)
+            ``previous-frame``; see :class:`arsd.decoding.drafters.Jacobi`.
         pass_tokens: tokens per pass, at least ``window``; ``None`` means ``window``. It belongs to the identity of a sample
             in reduced precision, ``window`` does not.
         acceptance: another rule that judges the guesses, by its registered name with options, as in
@@ -217,8 +219,7 @@ class SJD(DecodingStrategy):
         needs_law = bool(getattr(rule, "needs_law", False))
         if window == 1 and isinstance(rule, SeedExact):
             return Parts(NoDraft(), rule, FixedWindow(1), pass_tokens)
-        call = (setting.batch, setting.num_tokens, setting.row_length, window, setting.grammar, setting.noise)
-        drafter = Jacobi(redraft, self.config["init"], needs_law, *call, setting.device, setting.given)
+        drafter = Jacobi.of(setting, redraft, self.config["init"], needs_law, window)
         return Parts(drafter, rule, FixedWindow(window), pass_tokens)
 
     def _rule_and_redraft(self, setting: Setting) -> tuple[Rule, Redraft]:

@@ -206,10 +206,9 @@ def rule_under_jacobi(make_rule: MakeRule, redraft: Redraft, init: str, window: 
     """The rule on trial, with Jacobi guesses."""
 
     def build(setting: Setting) -> Parts:
-        rule, grammar = bound(make_rule(), setting), setting.grammar
-        call = (setting.batch, setting.num_tokens, setting.row_length, window, grammar, setting.noise)
-        drafter = Jacobi(redraft, init, bool(getattr(rule, "needs_law", False)), *call)
-        return Parts(GuardedDrafter(drafter, grammar.vocab), GuardedRule(rule), FixedWindow(window), window)
+        rule = bound(make_rule(), setting)
+        drafter = Jacobi.of(setting, redraft, init, bool(getattr(rule, "needs_law", False)), window)
+        return Parts(GuardedDrafter(drafter, setting.grammar.vocab), GuardedRule(rule), FixedWindow(window), window)
 
     return build
 

@@ -160,6 +160,7 @@ def run(
     images: list[int] | None = None,
     noise: Any = None,
     row_length: int = 0,
+    frame_length: int = 0,
     parts: Build | None = None,
     draft: dict[str, Any] | None = None,
     **request: Any,
@@ -175,6 +176,7 @@ def run(
         images: index of each picture; 0, 1, ... when not given.
         noise: stands in for the production noise, e.g. a choice tape.
         row_length: tokens per line of the picture.
+        frame_length: tokens from one frame of a clip to the next.
         parts: makes the parts of the loop, instead of ``strategy``.
         draft: ``codebook`` and ``draft_model`` of :class:`arsd.decoding.Setting`; by default a random codebook, and a model
             that is half the target.
@@ -185,10 +187,10 @@ def run(
     count = request.get("pictures") or target.batch
     noise = noise or CounterNoise(seeds or [0] * count, images or list(range(count)), batch=target.batch)
     call = (target.batch, grammar.num_tokens, row_length, grammar, noise, target.device)
-    given: dict[str, Any] = {"codebook": random_codebook(target.vocab)}
+    given: dict[str, Any] = {"codebook": random_codebook(target.vocab), "given": request.get("given")}
     if hasattr(target, "small"):
         given["draft_model"] = lambda window: SmallARDrafter(target.small(), window)
-    setting = Setting(*call, laws=laws, **{**given, **(draft or {})})
+    setting = Setting(*call, laws=laws, frame_length=frame_length, **{**given, **(draft or {})})
     wanted = DecodeRequest(grammar.num_tokens, row_length, **request)
     return decode(target, (parts or strategy.build)(setting), laws, noise, wanted, target.batch)
 
@@ -205,6 +207,7 @@ class World:
         forced: ``{position: token}``.
         forbidden: one id per position that may not stand there, ``{position: token}``.
         row_length: tokens per line, for drafters that look up.
+        frame_length: tokens per frame, for drafters that look back.
         sharpness: standard deviation of the logits.
         tables: logits [V ** n, V] of every position n, instead of random ones.
     """
@@ -216,6 +219,7 @@ class World:
     forced: dict[int, int] = field(default_factory=dict)
     forbidden: dict[int, int] = field(default_factory=dict)
     row_length: int = 2
+    frame_length: int = 2
     sharpness: float = 1.5
     tables: Sequence[Tensor] | None = None
 
@@ -254,7 +258,8 @@ class World:
 
     def decode(self, batch: int, build: Build, noise: Any, **request: Any) -> DecodeResult:
         """Run the production loop with the parts of ``build`` on ``batch`` rows."""
-        request = {"config": self.config, "grammar": self.grammar(), "row_length": self.row_length, **request}
+        size = {"row_length": self.row_length, "frame_length": self.frame_length}
+        request = {"config": self.config, "grammar": self.grammar(), **size, **request}
         return run(self.target(batch), parts=build, noise=noise, **request)
 
 

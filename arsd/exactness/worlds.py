@@ -11,7 +11,7 @@ from torch import Tensor
 from arsd.decoding import Autoregressive, Grammar, LawConfig
 from arsd.exactness.tables import Build, HashTarget, World, run
 
-INITS = ("uniform", "random", "left", "above")
+INITS = ("uniform", "random", "left", "above", "previous-frame")
 GUIDED = LawConfig(guidance_scale=2.0, top_k=2)
 COOL = LawConfig(guidance_scale=3.0, temperature=0.7, top_p=0.9)
 WORLDS: dict[str, Callable[[int], World]] = {
@@ -28,7 +28,7 @@ SAMPLED = {
     "sharp": (World(4, 5, 1, sharpness=2.5), 4),
 }
 
-VOCAB, LENGTH, ROW = 12, 45, 9
+VOCAB, LENGTH, ROW, FRAME = 12, 45, 9, 18
 SEEDS, IMAGES = [5, 5, -1, 2**63 + 11, 0], [0, 1, 0, 7, 3]
 LAWS = {
     "plain": LawConfig(),
@@ -70,7 +70,7 @@ def picture(
     target = HashTarget(VOCAB, LENGTH, batch or len(rows), streams=2 if config.guidance_scale != 1 else 1)
     keys: dict[str, Any] = {"seeds": [SEEDS[row] for row in rows], "images": [IMAGES[row] for row in rows]}
     keys["pictures"] = len(rows)
-    return run(target, parts=build, config=config, grammar=grammar, row_length=ROW, **keys).tokens
+    return run(target, parts=build, config=config, grammar=grammar, row_length=ROW, frame_length=FRAME, **keys).tokens
 
 
 def plain_picture(law: str = "plain", rows: Sequence[int] = range(5), grammar: Grammar | None = None) -> Tensor:

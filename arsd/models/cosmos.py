@@ -1,13 +1,15 @@
 """Cosmos-Predict1's autoregressive video model (arXiv 2501.03575): a stock ``Qwen3ForCausalLM`` with 3-D rotary positions.
 
-A clip is a volume of codes in the order (t, y, x), with nothing between rows or frames. NVIDIA's base models have no condition
-but the frames that a clip begins with. With ``caption_dim``, condition slots of a caption stand in front, as LlamaGen has
-them: this is how emoji-video is conditioned on text. Published files are read by :mod:`arsd.models.cosmos_files`.
+A clip is a volume of codes in the order (t, y, x), with nothing between rows or frames. NVIDIA's base models have no
+condition but the frames that a clip begins with. With ``caption_dim``, condition slots of a caption stand in front, as
+LlamaGen has them: this is how emoji-video is conditioned on text. Published files are read by
+:mod:`arsd.models.cosmos_files`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,14 +99,19 @@ class CosmosTransformer(ModelMixin, ConfigMixin):
                 eos_token_id=None,
             )
         )
-        yarn: dict[str, Any] = {"yarn_scale": yarn_scale, "yarn_betas": tuple(yarn_betas)}
-        yarn["yarn_lengths"] = tuple(yarn_lengths)
-        angles = volume_rotary_angles(frames, rows, columns, head_dim, rope_base, **yarn)
-        rotary: Any = VolumeRotaryTable(condition_tokens, angles)
+        rotary: Any = self.rotary_table()
         self.lm.model.rotary_emb = rotary
         if caption_dim is not None:
             self.caption_projection = CaptionProjection(caption_dim, hidden_size)
             self.uncond_embedding = nn.Parameter(torch.randn(condition_tokens, caption_dim) / caption_dim**0.5)
+
+    def rotary_table(self) -> VolumeRotaryTable:
+        """The positions of condition slots and codes, made anew: they follow from the configuration alone."""
+        config: Any = self.config
+        head_dim = config.head_dim or config.hidden_size // config.num_heads
+        yarn = config.yarn_scale, tuple(config.yarn_betas), tuple(config.yarn_lengths)
+        size = config.frames, config.rows, config.columns, head_dim
+        return VolumeRotaryTable(config.condition_tokens, volume_rotary_angles(*size, config.rope_base, *yarn))
 
     @property
     def num_tokens(self) -> int:
@@ -147,3 +154,16 @@ class CosmosTransformer(ModelMixin, ConfigMixin):
         bias = attention_bias(embeds, attention_mask)
         hidden = self.lm.model(inputs_embeds=embeds, attention_mask=bias, position_ids=position_ids, use_cache=False)
         return self.lm.lm_head(hidden.last_hidden_state[:, -ids.shape[1] :])
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **options: Any) -> CosmosTransformer:
+        """Load a published folder or its ``model.pt``; see :func:`arsd.models.cosmos_files.load_transformer`."""
+        from arsd.models.cosmos_files import load_transformer
+
+        return load_transformer(path, **options)
+
+    def save_single_file(self, path: str | Path) -> None:
+        """Write the upstream layout; see :func:`arsd.models.cosmos_files.save_transformer`."""
+        from arsd.models.cosmos_files import save_transformer
+
+        save_transformer(self, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Raster:
     tail: tuple[str, ...] = ()
     between: bool = False
     preview: tuple[int, int] = (0, 0)
+
+    frame_length: ClassVar[int] = 0  # a picture has no frames
 
     @property
     def row_length(self) -> int:
@@ -73,6 +76,10 @@ class Raster:
             end, rows = self.codes + self.marks.index(self.row_end), self.rows - self.between
             found = {self.first + row * self.row_length + self.columns: end for row in range(rows)}
         return found | {self._behind + i: self.codes + self.marks.index(name) for i, name in enumerate(self.tail)}
+
+    def begins(self, count: int) -> bool:
+        """Whether pictures can begin with ``count`` given tokens: whole rows, and never all of them."""
+        return count == 0 or (not self.first and count % self.row_length == 0 and 0 < count < self.rows * self.row_length)
 
     @cached_property
     def places(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Clips to tokens for emoji-video: few frames on white, each a grid of codes that stay while nothing moves.
 
-A code is chosen by distance and by what it costs to say (entropy-constrained quantisation, as the pictures of emoji-128): the
-code that stood at the same place one frame earlier is cheap, as the skipped blocks of a video codec are. Without this, the
-encoder's group norms carry every movement to the whole frame, and half of the still places flicker among codes that look alike.
+A code is chosen by distance and by what it costs to say (entropy-constrained quantisation, as the pictures of emoji-128):
+the code that stood at the same place one frame earlier is cheap, as the skipped blocks of a video codec are. Without this,
+the encoder's group norms carry every movement to the whole frame, and half of the still places flicker among codes that look
+alike.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def clip_pixels(clip: np.ndarray, frames: int = CLIP_FRAMES, side: int = SIDE) -
 def quantise_clips(latents: Tensor, codebook: Tensor, counts: Tensor, begin: Tensor | None = None) -> Tensor:
     """Codes [N, T, P] of unit vectors ``latents`` [N, T, P, C], frame after frame.
 
-    The code c at place p of frame t is the one with the least |z - c|^2 - RATE * log q(c), where q is STAY for the code of the
-    frame before (and the rest of it by frequency for the others), and in the first frame goes by frequency alone.
+    The code c at place p of frame t is the one with the least |z - c|^2 - RATE * log q(c), where q is STAY for the code of
+    the frame before (and the rest of it by frequency for the others), and in the first frame goes by frequency alone.
 
     Args:
         latents: of the clips.

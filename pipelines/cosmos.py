@@ -1,0 +1,176 @@
+"""Cosmos-Predict1's autoregressive models (arXiv 2501.03575) and emoji-video, which is the same behind captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arsd.decoding import SJD, DecodingStrategy
+from arsd.devices import in_use
+from arsd.errors import InputError
+from arsd.models.cosmos import CosmosTransformer
+from arsd.models.volume import Volume
+from arsd.pipelines.captioned import Captioned
+from arsd.pipelines.checks import check_count, dtype_of
+from arsd.pipelines.outputs import Conditions, with_given
+from arsd.pipelines.video import ARVideoPipeline
+
+
+class CosmosARPipeline(Captioned, ARVideoPipeline):
+    """Clips from a prompt, from frames that they begin with, or from both: what the model was trained for.
+
+    NVIDIA's base models go on from given frames (one, or nine); emoji-video takes a prompt, a picture or both.
+
+    Args:
+        transformer: the autoregressive model.
+        vq: the tokenizer: of clips (:class:`arsd.CosmosTokenizer`), or of pictures, which then reads frame by frame.
+        decoder: decoding strategy; :class:`arsd.SJD` from the previous frame when none is given.
+        tokenizer: caption tokenizer (models with captions).
+        text_encoder: T5 encoder (models with captions).
+        drafter: an :class:`arsd.EagleDrafter`, or a smaller :class:`CosmosTransformer` of the same codes and conditions.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vq"
+    _optional_components = ["decoder", "tokenizer", "text_encoder", "drafter"]
+
+    def __init__(
+        self,
+        transformer: CosmosTransformer,
+        vq: Any,
+        decoder: DecodingStrategy | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        drafter: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vq=vq,
+            decoder=decoder if decoder is not None else SJD(init="previous-frame"),
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            drafter=drafter,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, dtype: Any = None, **options: Any) -> Any:
+        """Load a pipeline folder; see diffusers."""
+        return cls.from_saved(pretrained_model_name_or_path, dtype_of(dtype, options), options)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """See :class:`ARPipeline`."""
+        return self.transformer.config["sampling"] or {}
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the model reads prompts."""
+        return self.transformer.config["caption_dim"] is not None
+
+    @property
+    def counts_padding(self) -> bool:
+        """See :class:`Captioned`. The slot in front of a model without captions is a stand-in that nothing attends to."""
+        return self.has_captions
+
+    @property
+    def frame_rate(self) -> float:
+        """See :class:`ARVideoPipeline`."""
+        return float(self.transformer.config["frame_rate"])
+
+    def make_raster(self, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> Volume:
+        """See :class:`ARVideoPipeline`; clips may be shorter than those that the model was trained on."""
+        config, factor = self.transformer.config, self.vq.downsample_factor
+        size = config["rows"] * factor, config["columns"] * factor
+        if height not in (None, size[0]) or width not in (None, size[1]):
+            raise InputError(f"this model makes frames of {size[1]} x {size[0]} pixels only")
+        step, most = getattr(self.vq, "temporal_factor", 1), config["frames"]
+        if num_frames is None:
+            num_frames = 1 + step * (most - 1)
+        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or (num_frames - 1) % step or num_frames < 1:
+            raise InputError(f"num_frames must be a multiple of {step} and 1 more, not {num_frames!r}")
+        if (num_frames - 1) // step >= most:
+            raise InputError(f"this model makes at most {1 + step * (most - 1)} frames, not {num_frames}")
+        return Volume(1 + (num_frames - 1) // step, config["rows"], config["columns"], config["vocab_size"])
+
+    def check_inputs(
+        self,
+        num_videos_per_prompt: int,
+        frames: Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        """Raise InputError for anything that the model cannot work with."""
+        if unknown:
+            raise InputError(f"this model knows no {', '.join(unknown)}")
+        if not self.has_captions and (prompt is not None or prompt_embeds is not None):
+            raise InputError("this model has no captions: give the frames that a clip begins with, and no prompt")
+        if prompt is not None and prompt_embeds is not None:
+            raise InputError("give prompt or prompt_embeds, not both")
+        if prompt is None and prompt_embeds is None and frames is None:
+            raise InputError(
+                "give a prompt, or frames" if self.has_captions else "this model goes on from frames: give some"
+            )
+        self.check_captions(prompt, prompt_embeds, prompt_attention_mask)
+        check_count(num_videos_per_prompt)
+        count = len([prompt] if isinstance(prompt, str) else prompt) if prompt is not None else None
+        count = count if prompt_embeds is None else len(prompt_embeds)
+        if frames is not None and count is not None and len(frames) not in (1, count):
+            raise InputError(f"got {len(frames)} clips to begin with for {count} prompts: give one, or one for each")
+
+    @torch.no_grad()
+    def encode_inputs(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        num_videos_per_prompt: int = 1,
+        guided: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        given: Tensor | None = None,
+        model: CosmosTransformer | None = None,
+    ) -> Conditions:
+        """See :class:`ARVideoPipeline`; ``model`` (the transformer) embeds. Without a prompt it is the null caption."""
+        model, inputs = model or self.transformer, [{}] * (1 if given is None else len(given))
+        if prompt is not None or prompt_embeds is not None:
+            rows, mask, inputs = self.caption_slots(model, prompt, prompt_embeds, prompt_attention_mask)
+        else:
+            rows, mask = self._unprompted(model, len(inputs))
+            guided = False
+        each = num_videos_per_prompt
+        if given is not None:
+            given = given.to(self._execution_device).expand(len(rows), -1).repeat_interleave(each, dim=0).contiguous()
+        rows, mask = (part.repeat_interleave(each, dim=0) for part in (rows, mask))
+        raster = self.make_raster(height, width, num_frames)
+        size = {"num_frames": num_frames} if num_frames is not None else {}
+        described = [one | size | with_given(given) for one in inputs for _ in range(each)]
+        with in_use(model):
+            streams = self.caption_streams(model, rows, mask, guided)
+        return Conditions(*streams, described, raster, given)
+
+    @torch.no_grad()
+    def null_conditions(self, batch: int, guided: bool) -> Conditions:
+        """See :class:`ARPipeline`."""
+        rows, mask = self._unprompted(self.transformer, batch)
+        streams = self.caption_streams(self.transformer, rows, mask, guided and self.has_captions)
+        raster = self.make_raster()
+        given = None
+        if not self.has_captions:  # its first frame is always given
+            given = torch.zeros(batch, raster.frame_length, dtype=torch.int64, device=rows.device)
+        return Conditions(*streams, [{}] * batch, raster, given)
+
+    def _unprompted(self, model: CosmosTransformer, batch: int) -> tuple[Tensor, Tensor]:
+        """Condition slots and mask without a prompt: the null caption, or one slot that is masked."""
+        with in_use(model):
+            if self.has_captions:
+                rows = model.embed_null_caption(batch)
+                return rows, torch.ones(rows.shape[:2], dtype=torch.int64, device=rows.device)
+        width, device = model.config["hidden_size"], self._execution_device
+        return torch.zeros(batch, 1, width, dtype=model.dtype, device=device), torch.zeros(batch, 1, device=device).long()
