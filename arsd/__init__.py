@@ -19,6 +19,9 @@ _LAZY = {
     "accelerate": "arsd.pipelines.glm_acceleration",
     "AutoARPipeline": "arsd.pipelines.auto",
     "Autoregressive": "arsd.decoding.strategies",
+    "ARVideoOutput": "arsd.pipelines.outputs",
+    "CosmosARPipeline": "arsd.pipelines.cosmos",
+    "CosmosTransformer": "arsd.models.cosmos",
     "CosmosTokenizer": "arsd.tokenizers.cosmos",
     "CoolSD": "arsd.decoding.relaxed_strategies",
     "EXP3Spec": "arsd.decoding.bandit_strategies",
@@ -78,10 +81,12 @@ if TYPE_CHECKING:
     from arsd.decoding.strategies import SJD, Autoregressive, parse_strategy
     from arsd.errors import ArsdError
     from arsd.generation import GenerateFnOutput, generate_fn
+    from arsd.models.cosmos import CosmosTransformer
     from arsd.models.eagle import EagleDrafter
     from arsd.models.llamagen import LlamaGenTransformer
     from arsd.pipelines.anole import AnolePipeline
     from arsd.pipelines.auto import AutoARPipeline, shipped_models
+    from arsd.pipelines.cosmos import CosmosARPipeline
     from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
     from arsd.pipelines.glm_acceleration import accelerate
     from arsd.pipelines.glm_image import GLMImagePipeline
@@ -89,7 +94,7 @@ if TYPE_CHECKING:
     from arsd.pipelines.liquid import LiquidPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
-    from arsd.pipelines.outputs import ARPipelineOutput
+    from arsd.pipelines.outputs import ARPipelineOutput, ARVideoOutput
     from arsd.pipelines.simplear import SimpleARPipeline
     from arsd.pipelines.video_llm import VideoLLMPipeline
     from arsd.provenance import save_png

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import zlib
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from arsd.clip_files import frames_of, write_clip, xmp_record
 from arsd.errors import InputError
 
 KEY = "arsd"
@@ -177,17 +177,7 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overw
     Raises:
         InputError: when the file exists and ``overwrite`` is off, or it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: choose another --out, or pass --overwrite")
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_bytes(png_bytes(image, record))
-        os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_clip(png_bytes(image, record), path, overwrite)
 
 
 def read_png(path: str | Path) -> dict[str, Any]:
@@ -199,8 +189,10 @@ def read_png(path: str | Path) -> dict[str, Any]:
     return read_record(path)[1]
 
 
-def read_record(source: Any) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture (RGB) and its record; one that shows more than its RGB values (alpha, several frames) comes as RGBA.
+def read_record(source: Any) -> tuple[Image.Image | list[Image.Image], dict[str, Any]]:
+    """A picture (RGB) and its record, or the frames of a clip and its record.
+
+    A picture that shows more than its RGB values (alpha, several frames) comes as RGBA.
 
     Args:
         source: path of a picture, or a PIL image opened from one.
@@ -209,14 +201,22 @@ def read_record(source: Any) -> tuple[Image.Image, dict[str, Any]]:
         InputError: when it is no picture, or has no record.
     """
     if isinstance(source, Image.Image):
-        return _pixels(source), _parse(getattr(source, "text", {}).get(KEY), "the picture")
+        return _content(source), _parse(_text(source), "the picture")
     try:
         with Image.open(source) as image:
-            text = getattr(image, "text", {}).get(KEY)
-            pixels = _pixels(image)
+            text, pixels = _text(image), _content(image)
     except (OSError, AttributeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as a picture: {error}") from None
     return pixels, _parse(text, str(source))
+
+
+def _text(image: Image.Image) -> str | None:
+    found: str | None = getattr(image, "text", {}).get(KEY) or xmp_record(image)
+    return found
+
+
+def _content(image: Image.Image) -> Image.Image | list[Image.Image]:
+    return frames_of(image) if image.format == "WEBP" and xmp_record(image) is not None else _pixels(image)
 
 
 def _pixels(image: Image.Image) -> Image.Image:

@@ -74,7 +74,7 @@ class _Case:
     """A picture whose record can be followed."""
 
     index: int
-    image: Image.Image
+    image: Image.Image | list[Image.Image]
     record: dict[str, Any]
     tokens: Tensor
     law: LawConfig
@@ -95,7 +95,7 @@ def verify_pictures(pipe: Any, sources: Sequence[Any], on_round: OnRound | None 
         checked = _read(pipe, index, source)
         if isinstance(checked, _Case):
             record = checked.record
-            alike = tuple(record.get(name) for name in ("height", "width", "slots", "given_tokens"))
+            alike = tuple(record.get(name) for name in ("height", "width", "slots", "given_tokens", "num_frames"))
             alike += ("negative_prompt" in record,)
             groups[(record["batch"], record["pass_tokens"], checked.law, "prompt" in record, alike)].append(checked)
         else:
@@ -142,7 +142,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         law = LawConfig(**record["sampling"])
         pipe.law_config(asdict(law))  # a model may not have all of them
         numbers = [record[name] for name in ("batch", "pass_tokens", "noise_seed", "image_index")]
-        places = [record.get(name) for name in ("height", "width", "slots", "given_tokens")]
+        places = [record.get(name) for name in ("height", "width", "slots", "given_tokens", "num_frames")]
         whole = all(
             isinstance(n, int) and not isinstance(n, bool) for n in [*numbers, *(n for n in places if n is not None)]
         )
@@ -154,7 +154,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     if not whole or not 1 <= numbers[0] <= 4096 or not 1 <= numbers[1] <= 4096 or not 0 <= numbers[3] < 2**31:
         return UNKNOWN, "its record is damaged (pass shape, seed or size)"
     try:
-        raster = pipe.make_raster(record.get("height"), record.get("width"))
+        raster = pipe.raster_of(record)
     except (ArsdError, TypeError) as error:
         return UNKNOWN, f"it has another size than this model is loaded for ({error}): load it with image_size"
     if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
@@ -245,7 +245,11 @@ def _verdict(
     return Verification("", result, reason, exact, mismatches, near, pixels, passes, given)
 
 
-def _same_pixels(image: Image.Image, decoded: Tensor, levels: int) -> bool:
-    ours = np.round(decoded.permute(1, 2, 0).cpu().numpy() * 255).astype(np.int16)
-    theirs = np.asarray(image, dtype=np.int16)
-    return image.mode == "RGB" and ours.shape == theirs.shape and int(np.abs(ours - theirs).max()) <= levels
+def _same_pixels(image: Image.Image | list[Image.Image], decoded: Tensor, levels: int) -> bool:
+    frames = image if isinstance(image, list) else [image]
+    ours = np.round(decoded.movedim(-3, -1).cpu().numpy() * 255).astype(np.int16)
+    if any(frame.mode != "RGB" for frame in frames) or len({frame.size for frame in frames}) > 1:
+        return False
+    theirs = np.stack([np.asarray(frame, dtype=np.int16) for frame in frames])
+    theirs = theirs if isinstance(image, list) else theirs[0]
+    return ours.shape == theirs.shape and int(np.abs(ours - theirs).max()) <= levels

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageSequence
 
 from arsd.errors import DataError, InputError
-from arsd.metrics.images import _UNREADABLE, SUFFIXES, _open_rows
-from arsd.video import PICTURES, check_sampling, read_video
+from arsd.metrics.images import _UNREADABLE, SUFFIXES, _open_rows, on_white
+from arsd.video import PICTURES, check_sampling, read_video, sampled
 
 ANIMATIONS = (".webp", ".gif", ".apng")
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 PICKS = ("even", "first")
+_UNTOLD = 100  # milliseconds that browsers show a frame of no duration
 
 
 @dataclass(frozen=True)
@@ -111,29 +113,62 @@ class Clips:
     def __getitem__(self, index: int) -> Clip:
         """Clip ``index``; transparent parts show white.
 
+        Writers of WebP, GIF and APNG merge frames that are equal: a picture that is shown k times as long as the shortest
+        counts as k frames, and one that is alone as a clip that never moves.
+
         Raises:
             DataError: when it cannot be read, or has fewer frames than are looked at; the message names it.
         """
-        wanted, item = self.pick, self._items[index]
-        even = wanted.pick == "even"
-        try:
-            frames, told = read_video(item, wanted.num_frames if even else None, wanted.fps)
-        except InputError as error:
-            raise DataError(str(error)) from None
-        kept = list(told.frames_indices or ())
-        if not even:
-            frames, kept = frames[: wanted.num_frames], kept[: wanted.num_frames]
+        wanted = self.pick
+        frames, kept, fps = _looked_at(self._items[index], wanted)
         if wanted.num_frames is not None and len(frames) < wanted.num_frames:
             name = self.source / self.names[index] if self.source.is_dir() else self.source
             raise DataError(
                 f"{name} has {len(frames)} frames, {wanted.num_frames} are looked at: ask for fewer, or leave this clip out"
             )
-        return Clip(frames, _rate(kept, told.fps))
+        return Clip(frames, _rate(kept, fps))
 
     def batches(self, size: int) -> Iterator[list[Clip]]:
         """All clips in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield [self[i] for i in range(start, min(start + size, len(self)))]
+
+
+def _looked_at(item: Path | np.ndarray, wanted: FramePick) -> tuple[np.ndarray, list[int], float | None]:
+    """Frames [T, H, W, 3], their numbers in the clip, and the frames per second of the clip."""
+    most = wanted.num_frames if wanted.pick == "even" else None
+    if isinstance(item, Path) and item.is_file() and item.suffix.lower() in ANIMATIONS:
+        pictures, order, rate = _animation(item)
+        if len(pictures) == 1 and wanted.num_frames is not None:
+            return pictures.repeat(wanted.num_frames, axis=0), [], None
+        kept = sampled(len(order), rate, most, wanted.fps)[: wanted.num_frames]
+        return pictures[order[kept]], kept, rate
+    try:
+        frames, told = read_video(item, most, wanted.fps)
+    except InputError as error:
+        raise DataError(str(error)) from None
+    return frames[: wanted.num_frames], list(told.frames_indices or ())[: wanted.num_frames], told.fps
+
+
+def _animation(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pictures [P, H, W, 3], the picture of each frame [T], and frames per second.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    pictures, milliseconds = [], []
+    try:
+        with Image.open(path) as animation:
+            for picture in ImageSequence.Iterator(animation):
+                picture.load()
+                pictures.append(np.asarray(on_white(picture)))
+                milliseconds.append(float(picture.info.get("duration") or _UNTOLD))
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise DataError(f"{path} cannot be read as an animation ({reason}): replace or remove it") from None
+    shortest = min(milliseconds)
+    times = [round(each / shortest) for each in milliseconds]
+    return np.stack(pictures), np.repeat(np.arange(len(pictures)), times), 1000 / shortest
 
 
 def _rate(kept: list[int], fps: float | None) -> float | None:
@@ -148,7 +183,9 @@ def _clips_of(folder: Path) -> list[Path]:
         DataError: when there are none.
     """
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    found = [p for p in entries if (p.suffix.lower() in ANIMATIONS + VIDEOS if p.is_file() else _has_pictures(p))]
+    found = [
+        p for p in entries if (p.suffix.lower() in ANIMATIONS + VIDEOS if p.is_file() else p.is_dir() and _has_pictures(p))
+    ]
     if found:
         return found
     if any(path.suffix.lower() in SUFFIXES for path in entries):

@@ -1,4 +1,4 @@
-"""What networks see in sets of clips, the figures made of it, and the card that says what they depend on."""
+"""What networks see in sets of clips, and the figures made of it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arsd.errors import InputError
-from arsd.metrics.card import versions
+from arsd.errors import DataError, InputError
 from arsd.metrics.distances import Statistics, frechet_distance, frechet_is_biased, kernel_distance
 from arsd.metrics.extractors import ImageFeatures, ImageText
 from arsd.metrics.folders import prompts_of
-from arsd.metrics.images import Resizer
+from arsd.metrics.images import _UNREADABLE, Resizer
 from arsd.metrics.judge import source_hash
-from arsd.metrics.report import cells
 from arsd.metrics.resampling import FEWEST, bootstrap_mean
-from arsd.metrics.video import I3DFeatures, VideoFeatures, distance_name
-from arsd.metrics.video_clips import Clips, FramePick
+from arsd.metrics.video import VideoFeatures, distance_name
+from arsd.metrics.video_clips import Clip, Clips, FramePick
 from arsd.metrics.video_frames import MOVED, Changes, Consistency
 
 _BATCH = 8  # clips in memory at a time
-_SAME_RATE = 1.05  # of two sets, whose motion can then be compared
 
 
 @dataclass
@@ -73,6 +70,9 @@ class VideoJudge:
         prefix: what is put before each prompt.
         reference: features of the real clips, or their statistics; ``None`` leaves out what needs them.
         reference_about: what the card says of them.
+
+    Raises:
+        InputError: when the extractor needs more frames.
     """
 
     features: VideoFeatures
@@ -83,6 +83,17 @@ class VideoJudge:
     prefix: str = ""
     reference: Tensor | Statistics | None = None
     reference_about: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pick.num_frames is not None and self.pick.num_frames < self._least:
+            raise InputError(
+                f"{self.features.name} needs {self._least} frames of a clip, not {self.pick.num_frames}: give more"
+            )
+
+    @property
+    def _least(self) -> int:
+        """Frames that a clip must have."""
+        return max(2, getattr(self.features, "least_frames", 1))
 
     def open(self, source: str | Path, limit: int | None = None) -> Clips:
         """The clips of a source, as :meth:`Clips.open` has them, with the frames of this judge."""
@@ -113,7 +124,8 @@ class VideoJudge:
             if len(clips) < 2:
                 raise InputError(f"{source} has one clip: a distance needs two or more real ones")
             self.reference = seen.features
-            about |= {"sha256": source_hash(source), "statistics": False, "clip format": clips.format, **seen.describe()}
+            about |= {"sha256": _hash_of("".join(seen.digests).encode()), "statistics": False}  # of what was looked at
+            about |= {"clip format": clips.format, **seen.describe()}
             about["figures"] = self._over_time(seen)
         self.reference_about = about
 
@@ -128,8 +140,8 @@ class VideoJudge:
             progress: told how many clips more were looked at.
 
         Raises:
-            DataError: when a clip cannot be read.
-            InputError: when there are not as many prompts as clips, or clips are too short for the extractor.
+            DataError: when a clip cannot be read, or is too short for the extractor.
+            InputError: when there are not as many prompts as clips.
         """
         if prompts is not None and len(prompts) != len(clips):
             raise InputError(f"there are {len(clips)} clips in {clips.source}, and {len(prompts)} prompts")
@@ -138,6 +150,7 @@ class VideoJudge:
         scores: list[Tensor] = []
         rates: list[float] = []
         for batch in clips.batches(_BATCH):
+            self._check_lengths(clips, batch, len(seen.digests))
             shown = [np.stack([self.resizer(frame) for frame in clip.frames]) for clip in batch]
             features.append(self.features.features(shown))
             for clip, frames in zip(batch, shown, strict=True):
@@ -147,7 +160,7 @@ class VideoJudge:
                 if self.scorer is not None and prompts is not None:
                     prompt = prompts[len(seen.digests)]
                     scores.append(self.scorer.score(list(frames), [prompt] * len(frames), self.prefix).double().mean())
-                seen.digests.append(hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest())
+                seen.digests.append(_hash_of(repr(frames.shape).encode() + frames.tobytes()))
                 seen.shapes.append((len(clip.frames), clip.frames.shape[1], clip.frames.shape[2]))
                 rates += [] if clip.rate is None else [clip.rate]
             if progress is not None:
@@ -155,6 +168,12 @@ class VideoJudge:
         seen.features, seen.scores = torch.cat(features), torch.stack(scores) if scores else None
         seen.rate = float(np.median(rates)) if rates else None
         return seen
+
+    def _check_lengths(self, clips: Clips, batch: Sequence[Clip], first: int) -> None:
+        for i, clip in enumerate(batch, start=first):
+            if len(clip.frames) < self._least:
+                name = f"{clips.source}: {clips.names[i]} has {len(clip.frames)} frames"
+                raise DataError(f"{name}, {self.features.name} needs {self._least}: leave this clip out")
 
     def figures(self, seen: SeenClips) -> dict[str, Any]:
         """Columns of the table; names tell networks apart. Intervals are 95 %.
@@ -238,69 +257,8 @@ def judge_clips(
     return rows
 
 
-def make_video_card(judge: VideoJudge, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """The card of a table of clips.
-
-    Args:
-        judge: networks, frames, reference.
-        rows: of the table.
-        more: what else belongs to it.
-    """
-    import arsd
-
-    card = {"arsd": arsd.__version__, "kind": "clips", "versions": versions(), **judge.describe(), **more}
-    return {**card, "rows": list(rows), "flags": _flags(judge, rows)}
-
-
-def _flags(judge: VideoJudge, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader of the figures has to know."""
-    about, flags = judge.reference_about or {}, []
-    biased = sum(bool(row.get("distance biased")) for row in rows)
-    if biased:
-        flags.append(f"the distance of {biased} rows is biased: fewer clips than features ({judge.features.dim})")
-    if isinstance(judge.features, I3DFeatures) and not judge.features.published:
-        flags.append("the I3D is not the published file: its distances are no FVD of the literature")
-    wanted = about.get("frames per second")
-    for row in rows:
-        rate = row.get("frames per second")
-        if rate and wanted and not 1 / _SAME_RATE < rate / wanted < _SAME_RATE:
-            flags.append(
-                f"{row['folder']} is looked at with {rate:.3g} frames per second, the reference with {wanted:.3g}: their "
-                "motion differs for this alone"
-            )
-        if row["still clips"]:
-            flags.append(f"{row['still clips']} clips of {row['folder']} never move: their consistency says nothing")
-    return flags
-
-
-def video_columns(rows: Sequence[dict[str, Any]], brief: bool = False) -> list[str]:
-    """What the table for people shows, in order: the names that occur; fewer of them for a terminal (``brief``)."""
-    kinds = ["FVD (", "Frechet video distance (", "kernel video distance (", "CLIP score (", "consistency ("]
-    kinds += [] if brief else ["cosine to"]
-    judged = [name for kind in kinds for row in rows for name in row if name.startswith(kind)]
-    judged = [name for name in dict.fromkeys(judged) if not name.endswith(" interval")]
-    wanted = ["folder", "clips", "frames", *([] if brief else ["size", "frames per second", "clip format"]), *judged]
-    wanted += ["motion", "flicker", *([] if brief else ["loop gap"]), "identical clips"]
-    return [name for name in wanted if any(row.get(name) not in (None, "") for row in rows)]
-
-
-def video_cells(rows: Sequence[dict[str, Any]], names: Sequence[str], intervals: bool = True) -> list[list[str]]:
-    """The cells of these columns; a biased distance is marked with an asterisk."""
-    table = cells(rows, names, intervals)
-    for row, line in zip(rows, table, strict=True):
-        for i, name in enumerate(names):
-            if row.get("distance biased") and name.startswith(("FVD (", "Frechet video distance (")):
-                line[i] += "*"
-    return table
-
-
-def with_reference(card: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a card and, last, what the real clips are like, as far as it takes no comparison."""
-    about = card["reference"] or {}
-    if "figures" not in about:
-        return list(card["rows"])
-    known = {name: about[name] for name in ("clips", "frames", "size", "frames per second", "clip format")}
-    return [*card["rows"], {"folder": f"{about['source']} (reference)", **known, **about["figures"]}]
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _mean(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
@@ -319,5 +277,5 @@ def _has_statistics(source: Path) -> bool:
     try:
         with np.load(source) as arrays:
             return {"mu", "sigma"} <= set(arrays.files) and "arr_0" not in arrays.files
-    except (OSError, ValueError, EOFError):
+    except _UNREADABLE:
         return False  # Clips.open says what is wrong with it

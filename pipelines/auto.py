@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 
 from arsd.errors import CheckpointError, InputError
-from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.checks import dtype_of
 from arsd.pipelines.families import PIPELINES, pipeline_for, recognise
 
@@ -59,7 +58,7 @@ class AutoARPipeline:
         cache_dir: str | Path | None = None,
         dtype: Any = None,
         **components: Any,
-    ) -> ARImagePipeline:
+    ) -> Any:
         """Load a pipeline.
 
         Args:

@@ -39,7 +39,7 @@ class ARImagePipeline(ARPipeline):
         """Raise InputError for anything that the model cannot work with."""
         raise NotImplementedError
 
-    def encode_inputs(  # type: ignore[override]
+    def encode_inputs(
         self,
         *,
         num_images_per_prompt: int = 1,
@@ -179,7 +179,7 @@ class ARImagePipeline(ARPipeline):
         guided = config.guidance_scale != 1 or (prompt_images is not None and config.image_guidance_scale != 1)
         inputs |= {"num_images_per_prompt": num_images_per_prompt, "guided": guided}
         encode = partial(self.encode_inputs, **inputs, height=height, width=width, given=given)
-        how = {"progress": progress, "log_probs": log_probs, "trace": trace, "on_round": on_round}
+        how: dict[str, Any] = {"progress": progress, "log_probs": log_probs, "trace": trace, "on_round": on_round}
         how |= {"callback": callback_on_step_end, "callback_inputs": callback_on_step_end_tensor_inputs}
 
         # 3. Decode and turn into pictures

@@ -100,7 +100,7 @@ class Captioned(ARPipeline):
         Raises:
             InputError: for features and masks that do not fit.
         """
-        inputs = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
+        inputs: list[dict[str, Any]] = [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt or [])]
         if prompt is not None and prompt_embeds is None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
         assert prompt_embeds is not None and prompt_attention_mask is not None

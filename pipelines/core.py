@@ -261,7 +261,11 @@ class ARPipeline(Provable, DiffusionPipeline):
 
         with in_use(self.transformer):
             drafts = self.draft_maker(conditions, batch, encode)
-            parts = {"codebook": codebook, "draft_model": drafts, "on_picture": None if on_picture is None else finished}
+            parts: dict[str, Any] = {
+                "codebook": codebook,
+                "draft_model": drafts,
+                "on_picture": None if on_picture is None else finished,
+            }
             result = self.run_decoder(conditions, decoders, config, keys, batch, **parts, **how)
         made = output(result, range(count))
         self.maybe_free_model_hooks()

@@ -138,7 +138,8 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         model: CosmosTransformer | None = None,
     ) -> Conditions:
         """See :class:`ARVideoPipeline`; ``model`` (the transformer) embeds. Without a prompt it is the null caption."""
-        model, inputs = model or self.transformer, [{}] * (1 if given is None else len(given))
+        model = model or self.transformer
+        inputs: list[dict[str, Any]] = [{}] * (1 if given is None else len(given))
         if prompt is not None or prompt_embeds is not None:
             rows, mask, inputs = self.caption_slots(model, prompt, prompt_embeds, prompt_attention_mask)
         else:

@@ -10,7 +10,8 @@ from arsd.errors import CheckpointError
 from arsd.models.glm_image_files import glm_image_kind
 from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
-from arsd.pipelines.base import ARImagePipeline
+from arsd.pipelines.core import ARPipeline
+from arsd.pipelines.cosmos import CosmosARPipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.glm_image import GLMImagePipeline
 from arsd.pipelines.janus import JanusPipeline
@@ -19,6 +20,7 @@ from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
 from arsd.pipelines.simplear import SimpleARPipeline
 from arsd.pipelines.token_images import TokenImagePipeline
+from arsd.pipelines.video import ARVideoPipeline
 
 _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     LuminaMGPTPipeline,
@@ -29,8 +31,9 @@ _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     SimpleARPipeline,
     LiquidPipeline,
 )
-_ALL: tuple[type[ARImagePipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES, GLMImagePipeline)
-PIPELINES: dict[str, type[ARImagePipeline]] = {cls.__name__: cls for cls in _ALL}
+_CLIPS: tuple[type[ARVideoPipeline], ...] = (CosmosARPipeline,)
+_ALL: tuple[type[ARPipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES, GLMImagePipeline, *_CLIPS)
+PIPELINES: dict[str, type[ARPipeline]] = {cls.__name__: cls for cls in _ALL}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 
 
@@ -231,7 +234,7 @@ def check_class(folder: str | Path, cls: type) -> None:
         raise CheckpointError(f"{folder} needs the pipeline {_pipeline_of(index)}, not {cls.__name__}: use AutoARPipeline")
 
 
-def pipeline_for(kind: str) -> type[ARImagePipeline]:
+def pipeline_for(kind: str) -> type[ARPipeline]:
     """The pipeline class for what :func:`recognise` found."""
     if kind in PIPELINES:
         return PIPELINES[kind]

@@ -75,7 +75,7 @@ class Provable:
 
     def pictures_of(self, output: ARPipelineOutput) -> list[Image.Image]:
         """The pictures of an output whose ``images`` are codes, all of one size."""
-        raster = self.make_raster(output.inputs[0].get("height"), output.inputs[0].get("width"))
+        raster = self.raster_of(output.inputs[0])
         numbered = zip(output.inputs, output.seeds, output.image_indices, strict=True)
         records = [{**one, "noise_seed": seed, "image_index": index} for one, seed, index in numbered]
         pictures: list[Image.Image] = of_unit(self.paint(output.tokens, raster, records), "pil")
@@ -93,6 +93,15 @@ class Provable:
             extra: [B] see :class:`arsd.pipelines.outputs.Conditions`.
         """
         return to_unit(self.decode_pixels(tokens, raster))
+
+    def raster_of(self, record: Mapping[str, Any]) -> Any:
+        """The layout of what a record describes.
+
+        Raises:
+            InputError: for a size that the model cannot make.
+        """
+        sizes = (name for name in self._recorded_size if name != "slots")
+        return self.make_raster(**{name: record.get(name) for name in sizes})
 
     def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
         """The conditions that recorded pictures of one size were made from, without what was given of them."""

@@ -43,7 +43,7 @@ class ARVideoPipeline(ARPipeline):
         """Raise InputError for anything that the model cannot work with; ``frames`` are codes [n, t, h, w] by now."""
         raise NotImplementedError
 
-    def encode_inputs(  # type: ignore[override]
+    def encode_inputs(
         self,
         *,
         num_videos_per_prompt: int = 1,
@@ -125,6 +125,7 @@ class ARVideoPipeline(ARPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -157,6 +158,7 @@ class ARVideoPipeline(ARPipeline):
             height: pixels; the model's own size or ``None``.
             width: likewise.
             guidance_scale: s of ``u + s (c - u)``; ``None`` takes the model's published value, 1 turns guidance off.
+            guidance_interval: guide the first tokens only, see :class:`arsd.decoding.LawConfig`.
             temperature: divides the logits; 0 is greedy.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the smallest set of tokens with this mass.
@@ -193,7 +195,8 @@ class ARVideoPipeline(ARPipeline):
         inputs = {name: value for name, value in named.items() if value is not None}
         given = {} if frames is None else {"frames": self.encode_clips(frames, raster)}
         self.check_inputs(num_videos_per_prompt, **given, **inputs)
-        options = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
+        options |= {"top_k": top_k, "top_p": top_p}
         config = self.law_config(options)
         self._guidance_scale = config.guidance_scale
 
@@ -202,9 +205,9 @@ class ARVideoPipeline(ARPipeline):
             codebook = self.codebook
         inputs |= {"num_videos_per_prompt": num_videos_per_prompt, "guided": config.guidance_scale != 1}
         tokens = raster.from_codes(given["frames"]) if given else None
-        size = {"height": height, "width": width, "num_frames": num_frames}
+        size: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
         encode = partial(self.encode_inputs, **inputs, **size, given=tokens)
-        how = {"progress": progress, "log_probs": log_probs, "trace": trace, "on_round": on_round}
+        how: dict[str, Any] = {"progress": progress, "log_probs": log_probs, "trace": trace, "on_round": on_round}
         how |= {"callback": callback_on_step_end, "callback_inputs": callback_on_step_end_tensor_inputs}
 
         # 3. Decode and turn into clips

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from arsd.errors import InputError
 
 if TYPE_CHECKING:
-    from arsd.pipelines.base import ARImagePipeline
+    from arsd.pipelines.core import ARPipeline
 
 DEFAULT_MODEL = "emoji-128"
 
@@ -98,7 +98,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str | None]:
+def load_pipeline(arguments: argparse.Namespace) -> tuple[ARPipeline, str | None]:
     """The pipeline on its device and the hash of its weights."""
     import torch
 
@@ -115,6 +115,21 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[ARImagePipeline, str |
     with quiet():
         pipe = AutoARPipeline.from_pretrained(folder, dtype=dtype, **components(arguments))
     return pipe.to(device), pipe.model_hash
+
+
+def load_image_pipeline(arguments: argparse.Namespace, what: str) -> tuple[ARPipeline, str | None]:
+    """:func:`load_pipeline` for a command that shows or judges pictures.
+
+    Raises:
+        InputError: for a model that makes clips.
+    """
+    from arsd.cli.clips import makes_clips
+
+    if makes_clips(arguments.model):
+        raise InputError(
+            f"{arguments.model} makes clips, and {what} takes models of pictures: see arsd generate, arsd bench"
+        )
+    return load_pipeline(arguments)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 from arsd.cli.common import (
     add_model_options,
     add_sampling_options,
-    load_pipeline,
+    load_image_pipeline,
     quiet,
     read_prompts,
     sampling,
@@ -173,7 +173,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         {**protocol.sampling, **given},
     )
     judge = _judge(arguments, protocol)
-    pipe, _ = load_pipeline(arguments)
+    pipe, _ = load_image_pipeline(arguments, "this evaluation")
     with _bar("drawing", len(chosen) * len(plan.inputs), "pictures", arguments.json) as bar:
 
         def drawn(done: int, total: int, name: str) -> None:

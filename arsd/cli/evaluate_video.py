@@ -53,8 +53,9 @@ def evaluate_clips(arguments: argparse.Namespace, bar: Any) -> dict[str, Any]:
     """
     from arsd.metrics.card import write_card
     from arsd.metrics.report import to_csv
+    from arsd.metrics.video_card import make_video_card, video_markdown, video_table
     from arsd.metrics.video_clips import Clips
-    from arsd.metrics.video_judge import judge_clips, make_video_card
+    from arsd.metrics.video_judge import judge_clips
     from arsd.run_folders import write_atomically
 
     prompts = None if arguments.prompts is None else read_prompts([], arguments.prompts)
@@ -69,10 +70,11 @@ def evaluate_clips(arguments: argparse.Namespace, bar: Any) -> dict[str, Any]:
     card = make_video_card(judge, rows)
     if arguments.out is not None:
         write_atomically(arguments.out / "table.csv", to_csv(rows))
-        write_atomically(arguments.out / "table.md", _markdown(card))
+        write_atomically(arguments.out / "table.md", video_markdown(card))
         write_card(arguments.out / "card.json", card)
     if not arguments.json:
-        _show(card)
+        header, rows_for_people, notes = video_table(card)
+        print("\n".join([table(header, rows_for_people), *notes]))
     return card
 
 
@@ -94,28 +96,3 @@ def _judge(arguments: argparse.Namespace) -> Any:
         consistency = None if names[1] == "none" else find_extractor(names[1], device)
         scorer = None if names[2] == "none" else find_scorer(names[2], device)
     return VideoJudge(features, consistency, scorer, pick, resizer, arguments.prefix or "")
-
-
-def _markdown(card: dict[str, Any]) -> str:
-    from arsd.metrics.video_judge import video_cells, video_columns, with_reference
-
-    rows = with_reference(card)
-    names = video_columns(rows)
-    lines = [names, ["---"] * len(names), *video_cells(rows, names)]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    return text + "".join(f"\n{_mark(flag, escape=True)} {flag}\n" for flag in card["flags"])
-
-
-def _show(card: dict[str, Any]) -> None:
-    from arsd.metrics.video_judge import video_cells, video_columns, with_reference
-
-    rows = with_reference(card)
-    names = video_columns(rows, brief=True)
-    print(table(names, video_cells(rows, names, intervals=False)))
-    for flag in card["flags"]:
-        print(f"{_mark(flag)} {flag}")
-
-
-def _mark(flag: str, escape: bool = False) -> str:
-    """The asterisk of biased distances; other flags are about no cell."""
-    return ("\\*" if escape else "*") if "biased" in flag else "note:"

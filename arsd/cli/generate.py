@@ -1,4 +1,4 @@
-"""``arsd generate``: prompts to PNG files that carry their own provenance."""
+"""``arsd generate``: prompts to PNG files, or to clips, that carry their own provenance."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="instead of the published one (Emu3, SimpleAR)")
     parser.add_argument("--image", metavar="FILE", help="a picture to be continued: its upper part is kept")
     parser.add_argument("--strength", type=float, default=0.5, help="share of --image that is made anew (default: 0.5)")
+    clips = parser.add_argument_group("models that make clips")
+    clips.add_argument("--clip", metavar="FILE", help="a clip whose first frames are kept (--image: a picture)")
+    clips.add_argument("--clip-frames", type=int, default=1, metavar="N", help="how many of --clip (default: 1)")
+    clips.add_argument("--num-frames", type=int, help="frames of a clip (default: the model's own number)")
+    clips.add_argument("--fps", type=float, help="frames per second of the files (default: the model's own)")
     add_sampling_options(parser)
     add_model_options(parser)
     parser.add_argument("--compare", action="store_true", help="also run plain AR with the same seed and compare")
-    parser.add_argument("--out", default="outputs", metavar="DIR")
+    parser.add_argument("--out", default="outputs", metavar="DIR", help="a folder; for one clip also NAME.webp")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=run)
@@ -55,21 +60,36 @@ def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list
     return plan
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Generate, write, report."""
-    import torch
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raise InputError for numbers that make no sense, before anything is loaded."""
+    from arsd.decoding import LawConfig
 
-    from arsd.decoding import LawConfig, parse_strategy
-    from arsd.provenance import picture_entry, save_png, tokens_sha256
-
-    inputs = inputs_of(arguments)
-    prompts = [str(next(iter(one.values()))) for one in inputs]
     if arguments.n < 1:
         raise InputError(f"--n must be at least 1, not {arguments.n}")
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2^63-1, not {arguments.seed}")
-    given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
+    if arguments.clip_frames < 1:
+        raise InputError(f"--clip-frames must be at least 1, not {arguments.clip_frames}")
+    if arguments.fps is not None and not 0 < arguments.fps <= 1000:
+        raise InputError(f"--fps must lie in (0, 1000], not {arguments.fps}")
     LawConfig(**{name: value for name, value in sampling(arguments).items() if value is not None})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate, write, report."""
+    import torch
+
+    from arsd.cli.clips import makes_clips
+    from arsd.cli.clips import run as run_clips
+    from arsd.decoding import parse_strategy
+    from arsd.provenance import picture_entry, save_png, tokens_sha256
+
+    check_numbers(arguments)
+    if makes_clips(arguments.model):
+        return run_clips(arguments)
+    inputs = inputs_of(arguments)
+    prompts = [str(next(iter(one.values()))) for one in inputs]
+    given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
     out = Path(arguments.out)
     plan = planned_paths(prompts, arguments.n, arguments.seed, out)
     taken = [path for paths in plan for path in paths if path.exists()]

@@ -98,6 +98,10 @@ class ContextVolume:
         """[K] the position of each code."""
         return torch.tensor([n for n in range(self.num_tokens) if n not in self.forced])
 
+    def begins(self, count: int) -> bool:
+        """Whether clips can begin with ``count`` given tokens: the context, or more pictures, and never all of them."""
+        return count % self.frame_length == self._begin % self.frame_length and self._begin <= count < self.num_tokens
+
     def grammar(self, device: torch.device | str = "cpu") -> Grammar:
         """Marks are forced; every picture has codes of its own kind, and nothing else."""
         ids = torch.arange(self.vocab)
@@ -114,11 +118,17 @@ class ContextVolume:
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise InputError(f"tokens must be [B, {self.num_tokens}], not {tuple(tokens.shape)}")
-        codes, shown = tokens[:, self.places.to(tokens.device)], self.context * self.side**2
-        context, later = codes[:, :shown], codes[:, shown:]
-        if bool((context >= self.context_codes).any() | ((later < self.context_codes) | (later >= self.codes)).any()):
-            raise InputError("tokens have marks, or codes of the other kind, at the places of codes")
+        codes = tokens[:, self.places.to(tokens.device)]
+        self.check(codes)
         return codes
+
+    def check(self, codes: Tensor) -> None:
+        """Raise InputError for codes [B, K'] that lie where those of the other kind, or marks, belong."""
+        context, later = codes.tensor_split([self.context * self.side**2], dim=1)
+        if bool(((context < 0) | (context >= self.context_codes)).any()):
+            raise InputError(f"context pictures have codes from 0 to {self.context_codes - 1}")
+        if bool(((later < self.context_codes) | (later >= self.codes)).any()):
+            raise InputError(f"pictures behind the context have codes from {self.context_codes} to {self.codes - 1}")
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """Codes [B, K'] of the first pictures, the context at least, to their tokens; the inverse of :meth:`to_codes`.

@@ -76,8 +76,8 @@ def volume_rotary_angles(
         columns: codes per row.
         head_dim: d, an even number of at least 6.
         base: rotary base.
-        yarn_scale: stretches the low frequencies (YaRN, arXiv 2309.00071): f becomes f ((1 - m) / scale + m), where m goes from
-            0 at ``beta_slow`` turns within the original length to 1 at ``beta_fast`` turns. ``None`` leaves them alone.
+        yarn_scale: stretches the low frequencies (YaRN, arXiv 2309.00071): f becomes f ((1 - m) / scale + m), where m goes
+            from 0 at ``beta_slow`` turns within the original length to 1 at ``beta_fast``. ``None`` leaves them alone.
         yarn_betas: (beta_fast, beta_slow).
         yarn_lengths: original lengths of t and of y; that of y serves for x as well, as in NVIDIA's code.
 

@@ -133,7 +133,7 @@ def caption_features(pipe: Any, names: list[str]) -> tuple[Tensor, Tensor]:
 def _optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers and caption projection, AdamW for the rest."""
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
-    matrices = [m.weight for m in linears]
+    matrices = [p for m in linears for p in m.parameters()]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
