@@ -59,6 +59,7 @@ _LAZY = {
     "generate_fn": "arsd.generation",
     "parse_strategy": "arsd.decoding.strategies",
     "save_png": "arsd.provenance",
+    "save_webp": "arsd.clip_files",
     "register_drafter": "arsd.decoding.registry",
     "register_rule": "arsd.decoding.registry",
     "shipped_models": "arsd.pipelines.auto",
@@ -66,6 +67,7 @@ _LAZY = {
 __all__ = sorted(_LAZY)
 
 if TYPE_CHECKING:
+    from arsd.clip_files import save_webp
     from arsd.decoding.bandit_strategies import EXP3Spec, UCBSpec
     from arsd.decoding.costs import PassCosts
     from arsd.decoding.frame_copy import FrameCopy

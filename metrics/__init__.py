@@ -1,4 +1,4 @@
-"""Figures that judge a decoder's output."""
+"""Figures that judge a decoder's output: pictures and clips."""
 
 from __future__ import annotations
 
@@ -36,12 +36,21 @@ if TYPE_CHECKING:
     from arsd.metrics.reference import Reference, find_reference
     from arsd.metrics.resampling import Interval, bootstrap_mean
     from arsd.metrics.sweep import entries
+    from arsd.metrics.video import VideoFeatures, find_video_extractor
+    from arsd.metrics.video_card import make_video_card
+    from arsd.metrics.video_clips import Clips, FramePick
+    from arsd.metrics.video_frames import Changes, Consistency
+    from arsd.metrics.video_judge import VideoJudge, judge_clips
 
 _LAZY = {
+    "Changes": "video_frames",
     "ClipScorer": "clip",
+    "Clips": "video_clips",
+    "Consistency": "video_frames",
     "DrawPlan": "drawing",
     "DrawnSet": "drawing",
     "EfficientNetFeatures": "extractors",
+    "FramePick": "video_clips",
     "ImageFeatures": "extractors",
     "ImageText": "extractors",
     "InceptionFeatures": "extractors",
@@ -54,26 +63,35 @@ _LAZY = {
     "Reference": "reference",
     "Resizer": "images",
     "Statistics": "distances",
+    "VideoFeatures": "video",
+    "VideoJudge": "video_judge",
     "bootstrap_mean": "resampling",
     "draw": "drawing",
     "entries": "sweep",
     "find_extractor": "extractors",
     "find_reference": "reference",
     "find_scorer": "extractors",
+    "find_video_extractor": "video",
     "forced_divergence": "divergence",
     "frechet_distance": "distances",
     "frechet_is_biased": "distances",
     "inception_score": "distances",
+    "judge_clips": "video_judge",
     "kernel_distance": "distances",
+    "make_video_card": "video_card",
     "nearest": "distances",
     "precision_recall": "distances",
     "teacher_force": "divergence",
 }
 __all__ = [
+    "Changes",
     "ClipScorer",
+    "Clips",
+    "Consistency",
     "DrawPlan",
     "DrawnSet",
     "EfficientNetFeatures",
+    "FramePick",
     "ImageFeatures",
     "ImageText",
     "InceptionFeatures",
@@ -86,6 +104,8 @@ __all__ = [
     "Reference",
     "Resizer",
     "Statistics",
+    "VideoFeatures",
+    "VideoJudge",
     "bootstrap_mean",
     "diversity",
     "draw",
@@ -93,11 +113,14 @@ __all__ = [
     "find_extractor",
     "find_reference",
     "find_scorer",
+    "find_video_extractor",
     "forced_divergence",
     "frechet_distance",
     "frechet_is_biased",
     "inception_score",
+    "judge_clips",
     "kernel_distance",
+    "make_video_card",
     "mean_entropy",
     "nearest",
     "precision_recall",

@@ -43,6 +43,8 @@ class LARPPipeline(Captioned, ARVideoPipeline):
 
     model_cpu_offload_seq = "transformer->vq"
     _optional_components = ["decoder", "drafter"]
+    tokenizer = None
+    text_encoder = None
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arsd.decoding import SJD, DecodingStrategy
 from arsd.errors import CheckpointError, InputError
+from arsd.models.folders import config_of
 from arsd.models.mineworld import ACTION_IDS, ActionVolume, MineWorldTransformer, parse_actions
 from arsd.models.mineworld_files import VAE_FILES, holds_vae, load_transformer, load_vae
 from arsd.pipelines.captioned import Captioned
@@ -171,9 +172,10 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
             raise InputError("this model has no unconditional stream to guide with: leave out guidance_scale")
         raster, device = self.make_raster(height, width, num_frames), self._execution_device
         ids = parse_actions(actions, raster.frames, raster.codes).to(device)
-        count = len(ids) if given is None else max(len(ids), len(given))
-        if not {len(ids), count if given is None else len(given)} <= {1, count}:
-            raise InputError(f"got actions of {len(ids)} clips for {len(given or ())} clips: give one, or one for each")
+        clips = len(ids) if given is None else len(given)
+        count = max(len(ids), clips)
+        if not {len(ids), clips} <= {1, count}:
+            raise InputError(f"got actions of {len(ids)} clips for frames of {clips}: give one, or one for each")
         ids = ids.expand(count, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
         raster = replace(raster, actions=ids)
         if given is not None:
@@ -207,7 +209,7 @@ def _tokenizer(source: Any, dtype: torch.dtype | None) -> AmusedTokenizer:
     """The tokenizer of an object, a published file or its folder, or a folder that ``save_pretrained`` wrote."""
     if isinstance(source, AmusedTokenizer):
         return source
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in VAE_FILES):
+    if config_of(Path(source)).get("_class_name") == AmusedTokenizer.__name__:
         found: AmusedTokenizer = saved_component(AmusedTokenizer, source, dtype)
         return found
     return load_vae(source, dtype=dtype)

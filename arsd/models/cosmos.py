@@ -42,7 +42,6 @@ class CosmosTransformer(ModelMixin, ConfigMixin):
         yarn_scale: see :func:`arsd.models.rotary.volume_rotary_angles`.
         yarn_betas: likewise.
         yarn_lengths: likewise.
-        tie_embeddings: whether the head has the weights of the embedding.
         condition_tokens: condition slots of a caption; 0 for models without.
         caption_dim: width of the caption features.
         sampling: the sampling options published with the weights (fields of :class:`arsd.decoding.LawConfig`).
@@ -73,7 +72,6 @@ class CosmosTransformer(ModelMixin, ConfigMixin):
         yarn_scale: float | None = None,
         yarn_betas: Sequence[float] = (4.0, 1.0),
         yarn_lengths: Sequence[int] = (3, 40),
-        tie_embeddings: bool = False,
         condition_tokens: int = 0,
         caption_dim: int | None = None,
         sampling: dict[str, Any] | None = None,
@@ -94,7 +92,7 @@ class CosmosTransformer(ModelMixin, ConfigMixin):
                 intermediate_size=intermediate_size,
                 max_position_embeddings=condition_tokens + frames * rows * columns,
                 rms_norm_eps=norm_eps,
-                tie_word_embeddings=tie_embeddings,
+                tie_word_embeddings=False,
                 bos_token_id=None,
                 eos_token_id=None,
             )

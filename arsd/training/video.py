@@ -54,7 +54,6 @@ def make_transformer(vocab: int, width: int = 256, layers: int = 4) -> CosmosTra
         columns=grid,
         rope_base=100.0,
         norm_eps=1e-5,
-        tie_embeddings=True,
         condition_tokens=32,
         caption_dim=256,
         sampling={"guidance_scale": 1.5, "temperature": 1.0, "top_k": 128, "top_p": 1.0},

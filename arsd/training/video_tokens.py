@@ -33,7 +33,7 @@ VIDEO_VQ: dict[str, Any] = {
     "norm_groups": 16,
     "patch_size": 4,
 }
-RATE = 0.03  # squared distance between unit vectors that is worth a nat
+RATE = 0.02  # squared distance between unit vectors that is worth a nat
 STAY = 0.7  # probability that a place keeps its code, as the price list has it
 
 

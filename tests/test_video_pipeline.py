@@ -1,0 +1,427 @@
+"""Clips: the layout, the call, what they begin with, and that every strategy gives plain AR's tokens."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_lookup import Says
+from tiny_pipeline import VOCAB, hushed, one_clear_line, saved, seeded
+from tiny_video import CLIP, COLUMNS, FRAME, FRAMES, ROWS, SIZE, clip_pipeline, tiny_transformer
+
+import arsd
+from arsd.cli import main
+from arsd.clip_files import frames_of, mp4_bytes, webp_bytes, xmp_record
+from arsd.decoding import SJD, STRATEGIES
+from arsd.errors import CheckpointError, InputError
+from arsd.exactness.tables import run
+from arsd.models.rotary import volume_rotary_angles
+from arsd.models.volume import Volume
+from arsd.pipelines.video import clips_of
+from arsd.provenance import read_record
+
+PROMPTS = ["red apple", "a pear", "dog face"]
+EXACT = (
+    *(f"sjd:window={w},init={init}" for w in (2, 7, 24, 25, 64, 256) for init in ("uniform", "previous-frame")),
+    "sjd:window=9,init=left",
+    "sjd:window=9,init=above",
+    *(f"frame-copy:draft_length={n},guess={guess}" for n in (3, 24, 47, 255) for guess in ("token", "law")),
+    "prompt-lookup:draft_length=5",
+    "speculative:drafter=frame-copy:guess=law,window=30",
+    "ucb-spec:arms=ar+sjd:window=8:init=previous-frame+frame-copy:draft_length=5",
+)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return hushed(clip_pipeline().to(torch.float64))
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return hushed(clip_pipeline(False).to(torch.float64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(clip_pipeline(), tmp_path_factory.mktemp("models") / "clips")
+
+
+def picture(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def tokens_of(pipe, *args, seed=5, **options):
+    return pipe(*args, generator=seeded(seed), output_type="latent", **options).tokens
+
+
+# --- layout and positions --------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_frames_of_rows_of_codes():
+    volume = Volume(3, 2, 5, 7)
+    codes = torch.arange(30).view(1, 3, 2, 5) % 7
+    tokens = volume.from_codes(codes)
+    assert torch.equal(tokens, codes.flatten(1)) and torch.equal(volume.to_codes(tokens), codes)
+    assert torch.equal(volume.from_codes(codes[:, :2]), tokens[:, :20])
+    assert (volume.row_length, volume.frame_length, volume.num_tokens, volume.vocab) == (5, 10, 30, 7)
+    assert [n for n in range(31) if volume.begins(n)] == [0, 10, 20]
+    for wrong in (codes[:, :, :1], codes[0], torch.cat([codes, codes], 1)):
+        with pytest.raises(InputError):
+            volume.from_codes(wrong)
+    with pytest.raises(InputError):
+        volume.to_codes(tokens[:, 1:])
+
+
+def test_rotary_angles_are_those_of_the_formula():
+    """A head of 128 channels: 42 for y, 42 for x, 44 for t; every token by itself, in float64."""
+    angles = volume_rotary_angles(3, 4, 5, 128, 5e5)
+    space, time = ([5e5 ** (-2 * k / d) for k in range(d // 2)] for d in (42, 44))
+    n = 0
+    for t in range(3):
+        for y in range(4):
+            for x in range(5):
+                wanted = [t * f for f in time] + [y * f for f in space] + [x * f for f in space]
+                assert torch.allclose(angles[n], torch.tensor(wanted, dtype=torch.float64), atol=1e-12, rtol=0)
+                n += 1
+    assert n == len(angles)
+    with pytest.raises(InputError):
+        volume_rotary_angles(3, 4, 5, 4)
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_passes_of_any_length_give_the_logits_of_one_long_pass(captions):
+    pipe = hushed(clip_pipeline(captions).to(torch.float64))
+    codes = torch.randint(VOCAB, (2, CLIP), generator=torch.Generator().manual_seed(1))
+    if captions:
+        features, mask = pipe.encode_prompt(PROMPTS[:2])
+        condition = pipe.transformer.embed_captions(features.double(), mask)
+        wanted = pipe.transformer(codes, condition, mask)
+        conditions = pipe.encode_inputs(PROMPTS[:2], guided=False)
+    else:
+        wanted = pipe.transformer(codes)
+        given = codes[:, :FRAME]
+        conditions = pipe.encode_inputs(given=given)
+    for width in (1, 3, 8, CLIP):
+        target = pipe.target_maker(conditions)(width, 2)
+        found, first = [], target.first
+        with torch.inference_mode():
+            target.prefill([-target.unread] * 2, width)
+            for n in range(first, CLIP, width):
+                lengths = torch.full((2,), n)
+                target.rollback(lengths)
+                fed = torch.nn.functional.pad(torch.cat([codes.new_zeros(2, 1), codes], 1), (0, width))[:, n : n + width]
+                found.append(target.forward(fed, lengths, lengths.tolist())[0])
+        logits = torch.cat(found, 1)[:, : CLIP - first]
+        assert (logits - (wanted if captions else wanted[:, first - 1 : -1])).abs().max() < 1e-10, width
+
+
+# --- every strategy gives plain AR's tokens ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", EXACT)
+def test_tokens_of_prompts_are_those_of_plain_ar(pipe, decoder):
+    plain = tokens_of(pipe, PROMPTS, decoder="ar")
+    assert torch.equal(tokens_of(pipe, PROMPTS, decoder=decoder), plain)
+    assert torch.equal(tokens_of(pipe, PROMPTS, decoder=decoder, batch_size=2), plain), "rows that take a waiting clip"
+
+
+@pytest.mark.parametrize("decoder", EXACT)
+def test_tokens_behind_given_frames_are_those_of_plain_ar(bare, decoder):
+    given = torch.randint(VOCAB, (3, 2, ROWS, COLUMNS), generator=torch.Generator().manual_seed(3))
+    plain = tokens_of(bare, frames=given, decoder="ar")
+    ours = tokens_of(bare, frames=given, decoder=decoder, batch_size=2)
+    assert torch.equal(ours, plain)
+    assert torch.equal(ours[:, : 2 * FRAME], given.flatten(1)), "what is given stays as it is"
+    assert ours.shape == (3, CLIP)
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 1.0}, {"top_k": 5}, {"top_p": 0.8, "temperature": 0.7}, {"temperature": 0.0}]
+)
+def test_every_law(pipe, options):
+    plain = tokens_of(pipe, PROMPTS, decoder="ar", **options)
+    for decoder in ("sjd:window=30,init=previous-frame", "frame-copy:draft_length=30,guess=law"):
+        assert torch.equal(tokens_of(pipe, PROMPTS, decoder=decoder, **options), plain)
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipe):
+    generators = [seeded(seed) for seed in (1, 2, 3)]
+    together = pipe(PROMPTS, generator=generators, decoder="sjd:window=20,init=previous-frame").tokens
+    for prompt, seed, row in zip(PROMPTS, (1, 2, 3), together, strict=True):
+        alone = pipe(prompt, generator=[seeded(seed)], decoder="ar").tokens[0]
+        assert torch.equal(alone, row)
+
+
+@pytest.mark.parametrize("name", ["cool-sd", "lantern", "grouped", "sjd:coupling=maximal,init=previous-frame"])
+def test_other_rules_make_legal_clips(pipe, name):
+    if name.partition(":")[0] not in STRATEGIES:
+        pytest.skip("no such strategy")
+    if name in ("cool-sd", "lantern"):
+        name = "speculative:drafter=frame-copy,rule=" + name
+    if name == "grouped":
+        name = "speculative:drafter=jacobi:init=previous-frame,rule=grouped"
+    out = pipe(PROMPTS, generator=seeded(1), decoder=name, frames=picture())
+    assert len(out.frames) == 3 and all(len(clip) == FRAMES for clip in out.frames)
+    assert torch.equal(out.tokens[:, :FRAME], pipe.encode_clips(picture(), pipe.make_raster()).flatten(1).expand(3, -1))
+
+
+def test_a_smaller_model_of_the_same_codes_drafts(pipe):
+    pipe.register_modules(drafter=tiny_transformer(True, seed=4).double())
+    try:
+        plain = tokens_of(pipe, PROMPTS, decoder="ar")
+        assert torch.equal(tokens_of(pipe, PROMPTS, decoder="hybrid:window=9,init=previous-frame"), plain)
+    finally:
+        pipe.register_modules(drafter=None)
+
+
+def test_a_drafter_of_other_clips_is_refused(pipe):
+    pipe.register_modules(drafter=tiny_transformer(True, seed=4, frames=3).double())
+    try:
+        with pytest.raises(InputError, match="must be the same"):
+            pipe(PROMPTS[0], decoder="hybrid:window=9")
+    finally:
+        pipe.register_modules(drafter=None)
+
+
+# --- what goes in and comes out ---------------------------------------------------------------------------------------
+
+
+def test_output_types_show_the_same_clips(pipe):
+    outs = {kind: pipe(PROMPTS[:2], generator=seeded(1), output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert outs["np"].frames.shape == (2, FRAMES, *SIZE, 3) and outs["pt"].frames.shape == (2, FRAMES, 3, *SIZE)
+    assert outs["latent"].frames.shape == (2, FRAMES, ROWS, COLUMNS)
+    assert torch.equal(outs["latent"].frames.flatten(1), outs["pil"].tokens)
+    for clip, array, tensor in zip(outs["pil"].frames, outs["np"].frames, outs["pt"].frames, strict=True):
+        for frame, one, other in zip(clip, array, tensor, strict=True):
+            assert np.array_equal(np.asarray(frame), np.round(one * 255).astype(np.uint8))
+            assert np.array_equal(one, other.permute(1, 2, 0).numpy())
+    assert isinstance(pipe(PROMPTS[0], return_dict=False), tuple)
+    assert pipe(PROMPTS[0], num_videos_per_prompt=3, generator=seeded(1)).tokens.shape == (3, CLIP)
+
+
+def test_export_to_video_of_diffusers_takes_a_clip(pipe, tmp_path, monkeypatch):
+    from diffusers.utils import export_to_gif
+
+    frames = pipe(PROMPTS[0], generator=seeded(1)).frames[0]
+    path = export_to_gif(frames, str(tmp_path / "clip.gif"))
+    with Image.open(path) as image:
+        assert image.n_frames == FRAMES and image.size == SIZE[::-1]
+
+
+def test_shorter_clips_are_beginnings_of_longer_ones(pipe):
+    long, short = (pipe(PROMPTS, generator=seeded(1), num_frames=n).tokens for n in (None, 3))
+    assert short.shape == (3, 3 * FRAME) and torch.equal(long[:, : 3 * FRAME], short)
+
+
+@pytest.mark.parametrize("kind", ["pil", "list", "array", "tensor", "bytes", "several"])
+def test_frames_may_be_given_in_many_forms(pipe, kind):
+    frames = [picture(1), picture(2)]
+    array = np.stack([np.asarray(frame) for frame in frames])
+    tensor = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 255
+    forms = {"list": frames, "array": array.astype(np.float32) / 255, "tensor": tensor, "bytes": array, "pil": frames[0]}
+    forms["several"] = [frames, frames, frames]
+    wanted = pipe.encode_clips(frames, pipe.make_raster())
+    out = pipe(PROMPTS, frames=forms[kind], generator=seeded(1))
+    count = FRAME if kind == "pil" else 2 * FRAME
+    assert torch.equal(out.tokens[:, :count], wanted.flatten(1)[:, :count].expand(3, -1))
+    assert out.inputs[0]["given_tokens"] == count and out.stats.tokens == [CLIP - count] * 3
+
+
+def test_a_picture_without_a_prompt_goes_on_under_the_null_caption(pipe):
+    out = pipe(frames=picture(), generator=seeded(1))
+    other = pipe(frames=[[picture()], [picture(1)]], generator=seeded(1), decoder="ar")
+    assert torch.equal(out.tokens[0], other.tokens[0]) and "prompt" not in out.inputs[0]
+
+
+def test_every_frame_has_its_size_and_given_frames_their_tokens(bare):
+    out = bare(frames=[picture(1), picture(2)], generator=seeded(1), num_videos_per_prompt=2)
+    assert all(len(clip) == FRAMES and all(frame.size == SIZE[::-1] for frame in clip) for clip in out.frames)
+    assert not torch.equal(out.tokens[0], out.tokens[1]), "two clips of one beginning"
+    assert torch.equal(out.tokens[0, : 2 * FRAME], out.tokens[1, : 2 * FRAME])
+
+
+def test_clips_of_one_call():
+    assert [len(clip) for clip in clips_of(picture())] == [1]
+    assert [len(clip) for clip in clips_of([picture(), picture()])] == [2]
+    assert [len(clip) for clip in clips_of([[picture()], [picture()]])] == [1, 1]
+    assert [clip.shape for clip in clips_of(np.zeros((2, 3, 8, 12, 3)))] == [(3, 8, 12, 3)] * 2
+    assert [clip.shape for clip in clips_of(torch.zeros(3, 8, 12))] == [(1, 3, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "give a prompt, or frames"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": PROMPTS, "num_frames": 0}, "num_frames"),
+        ({"prompt": PROMPTS, "num_frames": FRAMES + 1}, "at most 6 frames"),
+        ({"prompt": PROMPTS, "height": 16}, "12 x 8"),
+        ({"prompt": PROMPTS, "frames": "clip.webp"}, "frames must be pictures"),
+        ({"prompt": PROMPTS, "frames": []}, "frames must be pictures"),
+        ({"prompt": PROMPTS, "frames": [picture()] * FRAMES}, "something is left"),
+        ({"prompt": PROMPTS, "frames": [[picture()], [picture()]]}, "2 clips to begin with for 3 prompts"),
+        ({"prompt": PROMPTS, "frames": [[picture()], [picture()] * 2, [picture()]]}, "different lengths"),
+        ({"prompt": PROMPTS, "frames": torch.full((1, 3, 8, 12), float("nan"))}, "outside [0, 1]"),
+        ({"prompt": PROMPTS, "frames": torch.zeros(1, 1, 4, 5, dtype=torch.int64)}, "codes of shape"),
+        ({"prompt": PROMPTS, "frames": torch.full((1, 1, 4, 6), 99)}, "codes outside"),
+        ({"prompt": PROMPTS, "actions": [1]}, "knows no actions"),
+        ({"prompt": PROMPTS, "num_videos_per_prompt": 0}, "at least 1"),
+        ({"prompt": PROMPTS, "output_type": "gif"}, "output_type"),
+        ({"class_labels": [1]}, "knows no class_labels"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(pipe, arguments, says):
+    with pytest.raises(InputError) as error:
+        pipe(**arguments)
+    one_clear_line(error.value, says)
+
+
+def test_a_model_without_captions_wants_frames(bare):
+    for arguments, says in (({}, "goes on from frames"), ({"prompt": "red apple", "frames": picture()}, "no captions")):
+        with pytest.raises(InputError) as error:
+            bare(**arguments)
+        one_clear_line(error.value, says)
+
+
+# --- folders, files, commands -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_pipeline_makes_the_same_clips(folder):
+    pipe, again = hushed(clip_pipeline()), hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    assert isinstance(again, arsd.CosmosARPipeline) and isinstance(again.decoder, SJD)
+    assert again.decoder.config["init"] == "previous-frame", "the default of clips"
+    assert torch.equal(*(tokens_of(p, PROMPTS) for p in (pipe, again)))
+    with pytest.raises(CheckpointError, match="CosmosARPipeline"):
+        arsd.LlamaGenPipeline.from_pretrained(folder)
+
+
+def test_weights_in_eight_bits_are_read_into_any_dtype(folder, tmp_path):
+    """As emoji-video is shipped: matrices in float8 (e4m3), computed in what is asked for."""
+    import shutil
+
+    from arsd.training.ship_video import pack_float8
+
+    copy = tmp_path / "eight"
+    shutil.copytree(folder, copy)
+    pack_float8(copy / "transformer" / "diffusion_pytorch_model.safetensors")
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(copy))
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+    double = hushed(arsd.AutoARPipeline.from_pretrained(copy, dtype=torch.float64))
+    assert torch.equal(tokens_of(double, PROMPTS, decoder="ar"), tokens_of(double, PROMPTS))
+    for old, new in zip(clip_pipeline().transformer.parameters(), pipe.transformer.parameters(), strict=True):
+        assert (old - new).abs().max() <= 0.07 * old.abs().max()
+
+
+def test_a_clip_carries_its_record_and_is_verified(folder, tmp_path):
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    out = pipe(PROMPTS, generator=seeded(2), batch_size=2, num_frames=4)
+    paths = []
+    for i, frames in enumerate(out.frames):
+        paths.append(tmp_path / f"{i}.webp")
+        arsd.save_webp(frames, paths[-1], pipe.record(out, i), pipe.frame_rate)
+    results = pipe.verify(paths)
+    assert [r.result for r in results] == ["verified"] * 3 and all(r.pixels_match for r in results)
+    assert pipe.verify(paths[0]).result == "verified", "alone as well"
+    frames, record = read_record(paths[0])
+    assert len(frames) == 4 and all(np.array_equal(a, b) for a, b in zip(frames, out.frames[0], strict=True))
+    frames[2].putpixel((0, 0), (1, 2, 3))
+    forged = tmp_path / "forged.webp"
+    arsd.save_webp(frames, forged, record)
+    assert pipe.verify(forged).result == "refuted"
+    arsd.save_webp(out.frames[0], forged, record | {"prompt": "blue heart"}, overwrite=True)
+    assert pipe.verify(forged).result == "refuted"
+    arsd.save_webp(out.frames[0][:3], forged, record, overwrite=True)
+    assert pipe.verify(forged).result == "refuted", "a frame is missing"
+    for damage in ({"num_frames": 99}, {"num_frames": "4"}, {"num_frames": -1}, {"given_tokens": 5}):
+        arsd.save_webp(out.frames[0], forged, record | damage, overwrite=True)
+        assert pipe.verify(forged).result == "unknown", damage
+
+
+def test_a_clip_behind_given_frames_is_verified_as_far_as_it_was_made(folder, tmp_path):
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    out = pipe(PROMPTS[0], frames=picture(), generator=seeded(2))
+    arsd.save_webp(out.frames[0], tmp_path / "a.webp", pipe.record(out, 0))
+    result = pipe.verify(tmp_path / "a.webp")
+    assert result.result == "verified" and result.given_tokens == FRAME and "behind a given beginning" in result.reason
+
+
+def test_webp_and_mp4_hold_the_frames():
+    frames = [picture(n) for n in range(5)]
+    content = webp_bytes(frames, {"a": 'q"<&>é'}, 12.5)
+    import io
+
+    with Image.open(io.BytesIO(content)) as image:
+        assert json.loads(xmp_record(image)) == {"a": 'q"<&>é'} and image.info["duration"] == 80
+        assert all(np.array_equal(a, b) for a, b in zip(frames_of(image), frames, strict=True))
+    av = pytest.importorskip("av")
+    with av.open(io.BytesIO(mp4_bytes(frames, 12.5))) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(shown) == 5 and shown[0].shape == (*SIZE, 3)
+        assert float(container.streams.video[0].average_rate) == 12.5
+
+
+def command(capsys, *arguments):
+    status = main(list(map(str, arguments)))
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_the_command_writes_webp_and_mp4(folder, tmp_path, capsys):
+    out = tmp_path / "wink.webp"
+    asked = ("generate", "--model", folder, "red apple", "--out", out, "--dtype", "float32")
+    status, text, _ = command(capsys, *asked, "--compare", "--json")
+    report = json.loads(text)
+    assert status == 0 and out.is_file() and (tmp_path / "wink.mp4").is_file()
+    entry = report["videos"][0]
+    assert entry["path"] == str(out) and entry["mp4"] == str(tmp_path / "wink.mp4") and entry["frames"] == FRAMES
+    assert entry["tokens"] == CLIP and entry["ar"]["changed_tokens"] == 0 and report["lossless"]
+    status, _, err = command(capsys, *asked)
+    assert status == 2 and "exists" in err
+    status, text, _ = command(capsys, "verify", out, "--model", folder, "--json")
+    assert status == 0 and json.loads(text)[0]["result"] == "verified"
+    picture().save(tmp_path / "begin.png")
+    status, text, _ = command(
+        capsys, *asked, "--image", tmp_path / "begin.png", "--overwrite", "--fps", "5", "--num-frames", 3
+    )
+    assert status == 0 and "wink.webp" in text
+    with Image.open(out) as image:
+        assert image.n_frames == 3 and image.info["duration"] == 200
+    status, text, _ = command(
+        capsys,
+        "generate",
+        "--model",
+        folder,
+        "--clip",
+        out,
+        "--clip-frames",
+        2,
+        "--out",
+        tmp_path / "more",
+        "--dtype",
+        "float32",
+    )
+    assert status == 0 and (tmp_path / "more" / "wink-seed0-0.webp").is_file()
+    status, _, err = command(capsys, *asked[:3], "red apple", "a pear", "--out", out, "--overwrite")
+    assert status == 2 and "one file" in err
+
+
+def test_commands_for_pictures_say_that_it_makes_clips(folder, tmp_path, capsys):
+    for asked in (("evaluate", "--decoders", "ar", "--model", folder), ("app", "--model", folder, "--video-model", "none")):
+        status, _, err = command(capsys, *asked)
+        assert status == 2 and "makes clips" in err and len(err.strip().splitlines()) == 1, err
+    status, text, _ = command(capsys, "bench", "red apple", "--model", folder, "--decoders", "sjd:window=8", "--json")
+    rows = {row["decoder"]: row for row in json.loads(text)["rows"]}
+    assert rows["sjd:window=8"]["identical_to_ar_at_w"]
+
+
+def test_a_still_clip_takes_few_passes():
+    frame = torch.arange(FRAME) % VOCAB
+    said = frame.repeat(FRAMES)[None]
+    target = Says(said, VOCAB)
+    result = run(target, SJD(window=FRAME, init="previous-frame"), frame_length=FRAME, given=frame[None])
+    assert result.stats.forward_passes == FRAMES - 1
