@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from arsd.decoding import SJD, DecodingStrategy
 from arsd.devices import in_use
@@ -15,7 +16,7 @@ from arsd.errors import InputError
 from arsd.models.cosmos import CosmosTransformer
 from arsd.models.volume import Volume
 from arsd.pipelines.captioned import Captioned
-from arsd.pipelines.checks import check_count, dtype_of
+from arsd.pipelines.checks import check_count, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.video import ARVideoPipeline
 
@@ -32,6 +33,8 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         tokenizer: caption tokenizer (models with captions).
         text_encoder: T5 encoder (models with captions).
         drafter: an :class:`arsd.EagleDrafter`, or a smaller :class:`CosmosTransformer` of the same codes and conditions.
+        captions: a model (shipped name, folder or hub id) whose tokenizer and text encoder these are; a saved folder without
+            them gets them from there.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq"
@@ -45,6 +48,7 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         tokenizer: Any = None,
         text_encoder: Any = None,
         drafter: Any = None,
+        captions: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -55,11 +59,23 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
             text_encoder=text_encoder,
             drafter=drafter,
         )
+        self.register_to_config(captions=captions)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, dtype: Any = None, **options: Any) -> Any:
         """Load a pipeline folder; see diffusers."""
-        return cls.from_saved(pretrained_model_name_or_path, dtype_of(dtype, options), options)
+        from arsd.pipelines.auto import find_model
+
+        pipe = cls.from_saved(pretrained_model_name_or_path, dtype_of(dtype, options), options)
+        if pipe.config.get("captions") and pipe.text_encoder is None:
+            source = find_model(pipe.config["captions"])
+            text_encoder = saved_component(T5EncoderModel, source / "text_encoder", pipe.dtype)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source / "tokenizer")
+            pipe.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
+            pipe.remember_sources(
+                pretrained_model_name_or_path, source / "text_encoder", source / "tokenizer", parts=options
+            )
+        return pipe
 
     @property
     def sampling(self) -> dict[str, Any]:

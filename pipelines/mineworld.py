@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,11 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
         raster = self.make_raster()
         codes = torch.zeros(batch, 1, raster.rows, raster.columns, dtype=torch.int64, device=self._execution_device)
         return Conditions(*self._stand_in(self.transformer, batch), [{}] * batch, raster, raster.from_codes(codes))
+
+    def raster_of(self, record: Mapping[str, Any]) -> ActionVolume:
+        """See :class:`arsd.pipelines.provable.Provable`: with the actions of the record."""
+        raster = self.make_raster(num_frames=record.get("num_frames"))
+        return replace(raster, actions=parse_actions(record.get("actions"), raster.frames, raster.codes)[:1])
 
     def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
         """See :class:`arsd.pipelines.provable.Provable`."""

@@ -409,9 +409,8 @@ def test_bad_arguments_are_one_clear_line(tmp_path, options, says):
 def test_only_what_upstream_has_can_be_written_in_its_layout(tmp_path):
     sizes = {"num_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 8, "frames": 1, "rows": 2}
     small: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8, "num_layers": 1, "columns": 2} | sizes
-    for more in ({"condition_tokens": 2, "caption_dim": 4}, {"tie_embeddings": True}):
-        with pytest.raises(InputError, match="use save_pretrained"):
-            CosmosTransformer(**small, **more).save_single_file(tmp_path / "a.pt")
+    with pytest.raises(InputError, match="use save_pretrained"):
+        CosmosTransformer(**small, condition_tokens=2, caption_dim=4).save_single_file(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 

@@ -98,7 +98,11 @@ def test_a_clip_that_stands_still_takes_one_pass_per_window():
 def test_guesses_of_a_given_beginning_are_copied():
     frame = torch.arange(1, 10)
     said = frame.repeat(4)[None]
-    for strategy in (FrameCopy(draft_length=8), FrameCopy(draft_length=8, guess="law"), SJD(window=9, init="previous-frame")):
+    for strategy in (
+        FrameCopy(draft_length=8),
+        FrameCopy(draft_length=8, guess="law"),
+        SJD(window=9, init="previous-frame"),
+    ):
         result = run(Says(said, 40), strategy, frame_length=9, given=frame[None])
         assert torch.equal(result.tokens, said)
         assert result.stats.forward_passes == 3, str(strategy)

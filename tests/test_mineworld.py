@@ -13,6 +13,7 @@ from tiny_pipeline import one_clear_line, seeded
 from torch import Tensor
 
 from arsd import EagleDrafter
+from arsd.clip_files import save_webp
 from arsd.errors import ArsdError, InputError
 from arsd.models.mineworld import BUTTONS, ActionVolume, MineWorldTransformer, encode_action, parse_actions
 from arsd.pipelines import families
@@ -185,6 +186,7 @@ def test_without_actions_nothing_is_done():
         (lambda v: v.from_codes(torch.zeros(1, 2, 3).long()), "codes must be [B, 1..4, 2, 3]"),
         (lambda v: v.from_codes(torch.zeros(1, 4, 2, 3).long()), "cannot begin with 1 x 4"),
         (lambda v: v.from_codes(torch.zeros(3, 1, 2, 3).long()), "2 x 4 frames cannot begin with 3 x 1"),
+        (lambda v: v.forced, "2 clips have actions of their own: ask for one of them"),
     ],
 )
 def test_what_does_not_fit_the_layout_is_one_clear_line(call, says):
@@ -322,6 +324,30 @@ def test_conditions_follow_from_the_record(pipe):
     assert torch.equal(made.raster.actions, actions_of(2)) and made.given is None
     record = json.loads(json.dumps(pipe.record(out, 1)))
     assert record["actions"] == actions_of(2)[1].tolist() and record["given_tokens"] == 2 * FRAME
+    forced = pipe.raster_of(record).forced
+    assert len(forced) == (FRAMES - 1) * LENGTH and all(out.tokens[1, n] == token for n, token in forced.items())
+    for damaged in ({}, {"actions": "jump"}, {"actions": [[1]]}, {"actions": {"fly": 1}}):
+        with pytest.raises(InputError):
+            pipe.raster_of(damaged)
+
+
+@pytest.mark.parametrize("decoder", ["ar", "sjd:window=8"])
+def test_clips_carry_their_proof(pipe, tmp_path, decoder):
+    """A clip of a batch is followed by its record; with another action in the record, or another token, it is refuted."""
+    out = clips(pipe, decoder, 3, frames=first_frames(3, 2), output_type="pil")
+    for i in range(3):
+        record = pipe.record(out, i) | {"prompt": ""}  # which verification asks of every record
+        save_webp(out.frames[i], tmp_path / f"{i}.webp", record)
+        found = pipe.verify(tmp_path / f"{i}.webp")
+        assert (found.result, found.mismatches, found.pixels_match) == ("verified", 0, True), found.reason
+        other = record["actions"][:2] + [encode_action({"jump": 1}, CODES)]
+        for name, change in (
+            ("a", {"actions": other}),
+            ("b", {"noise_seed": 1 + record["noise_seed"]}),
+            ("c", {"actions": 3}),
+        ):
+            save_webp(out.frames[i], tmp_path / f"{name}{i}.webp", record | change)
+            assert pipe.verify(tmp_path / f"{name}{i}.webp").result == ("unknown" if name == "c" else "refuted")
 
 
 def test_published_defaults():

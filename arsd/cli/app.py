@@ -7,7 +7,15 @@ import signal
 import time
 from typing import Any
 
-from arsd.cli.common import DEFAULT_MODEL, add_component_options, add_import_option, components, load_image_pipeline, quiet
+from arsd.cli.common import (
+    DEFAULT_MODEL,
+    add_component_options,
+    add_import_option,
+    components,
+    load_pipeline,
+    quiet,
+    refuse_clips,
+)
 from arsd.cli.describe import DEFAULT_VIDEO_LLM
 from arsd.errors import InputError
 
@@ -75,7 +83,8 @@ def load_service(arguments: argparse.Namespace) -> Any:
         raise InputError("there is nothing to show without a model: give --model or --video-model")
     pipe = video_llm = None
     if arguments.model != "none":
-        pipe, _ = load_image_pipeline(arguments, "the app")
+        refuse_clips(arguments.model, "the app")
+        pipe, _ = load_pipeline(arguments)
         pipe.set_progress_bar_config(disable=True)
     if arguments.video_model != "none":
         named = argparse.Namespace(**{**vars(arguments), "model": arguments.video_model})

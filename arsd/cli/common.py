@@ -117,19 +117,12 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[ARPipeline, str | None
     return pipe.to(device), pipe.model_hash
 
 
-def load_image_pipeline(arguments: argparse.Namespace, what: str) -> tuple[ARPipeline, str | None]:
-    """:func:`load_pipeline` for a command that shows or judges pictures.
-
-    Raises:
-        InputError: for a model that makes clips.
-    """
+def refuse_clips(model: str, what: str) -> None:
+    """Raise InputError for a model that makes clips, where a command shows or judges pictures."""
     from arsd.cli.clips import makes_clips
 
-    if makes_clips(arguments.model):
-        raise InputError(
-            f"{arguments.model} makes clips, and {what} takes models of pictures: see arsd generate, arsd bench"
-        )
-    return load_pipeline(arguments)
+    if makes_clips(model):
+        raise InputError(f"{model} makes clips, and {what} takes models of pictures: see arsd generate, arsd bench")
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from typing import Any
 from arsd.cli.common import (
     add_model_options,
     add_sampling_options,
-    load_image_pipeline,
+    load_pipeline,
     quiet,
     read_prompts,
+    refuse_clips,
     sampling,
     table,
 )
@@ -155,6 +156,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     from arsd.metrics.frontier import measure, rows_of
     from arsd.metrics.sweep import entries, sweep
 
+    refuse_clips(arguments.model, "this evaluation")
     protocol = _protocol(arguments)
     decoders = arguments.decoders or list(protocol.decoders)
     if not decoders:
@@ -173,7 +175,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         {**protocol.sampling, **given},
     )
     judge = _judge(arguments, protocol)
-    pipe, _ = load_image_pipeline(arguments, "this evaluation")
+    pipe, _ = load_pipeline(arguments)
     with _bar("drawing", len(chosen) * len(plan.inputs), "pictures", arguments.json) as bar:
 
         def drawn(done: int, total: int, name: str) -> None:

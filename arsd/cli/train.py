@@ -1,6 +1,6 @@
-"""``arsd train data | vq | target | drafter | scorer | clips | video-chat``: make the models that ship.
+"""``arsd train data | vq | target | drafter | scorer | clips | video-chat | video-vq | video``: make the models that ship.
 
-emoji-128, its drafter and the scorer of its pictures come from the first five, emoji-video-chat from the last two.
+emoji-128, its drafter and the scorer of its pictures come from the first five, emoji-video-chat and emoji-video from the clips.
 
 Each stage resumes where it stopped.
 """
@@ -75,6 +75,17 @@ def _add_video_stages(stages: Any) -> None:
     chat.add_argument("--init", type=Path, metavar="DIR", help="model folder to start from")
     chat.add_argument("--seed", type=int, default=0, help="of weights and batches")
     chat.set_defaults(run=run_video_chat)
+    frames = stages.add_parser("video-vq", help="train the frame tokenizer of emoji-video")
+    frames.add_argument("--clips", type=Path, default=Path("runs/clips"))
+    frames.add_argument("--out", type=Path, default=Path("runs/video-vq"))
+    frames.add_argument("--minutes", type=float, default=34)
+    frames.set_defaults(run=run_video_vq)
+    video = stages.add_parser("video", help="train emoji-video, which makes clips from text")
+    video.add_argument("--clips", type=Path, default=Path("runs/clips"))
+    video.add_argument("--vq", type=Path, default=Path("runs/video-vq/vq"))
+    video.add_argument("--out", type=Path, default=Path("runs/video"))
+    video.add_argument("--minutes", type=float, default=240)
+    video.set_defaults(run=run_video)
 
 
 def run_data(arguments: argparse.Namespace) -> int:
@@ -179,4 +190,24 @@ def run_video_chat(arguments: argparse.Namespace) -> int:
     options = {"minutes": arguments.minutes, "init": arguments.init, "seed": arguments.seed}
     folder = train_video_chat(arguments.clips, arguments.out, **options)
     print(f"model in {folder}/")
+    return 0
+
+
+def run_video_vq(arguments: argparse.Namespace) -> int:
+    """Stage ``video-vq``."""
+    from arsd.training.video_tokens import train_video_vq
+
+    train_video_vq(arguments.clips, arguments.out, minutes=arguments.minutes)
+    print(f"tokenizer in {arguments.out / 'vq'}/")
+    return 0
+
+
+def run_video(arguments: argparse.Namespace) -> int:
+    """Stage ``video``."""
+    from arsd.training.ship_video import ship_video
+    from arsd.training.video import train_video
+
+    pipe = train_video(arguments.clips, arguments.vq, arguments.out, minutes=arguments.minutes)
+    ship_video(pipe, arguments.out / "shipped")
+    print(f"pipeline in {arguments.out / 'shipped'}/")
     return 0

@@ -200,10 +200,10 @@ def save_transformer(model: CosmosTransformer, path: str | Path) -> None:
     it is complete. Grid, rotary base and YaRN are not part of the layout: remember them for loading.
 
     Raises:
-        InputError: for a model with captions or a tied head, which upstream does not have.
+        InputError: for a model with captions, which upstream does not have.
     """
-    if model.config["caption_dim"] is not None or model.config["tie_embeddings"]:
-        raise InputError("upstream models have neither captions nor tied embeddings: use save_pretrained")
+    if model.config["caption_dim"] is not None:
+        raise InputError("upstream models have no captions: use save_pretrained")
     ours = model.state_dict()
     layout = _layout(model.config["num_layers"])
     write_state_dict({key: ours[name].detach().cpu().contiguous() for key, name in layout.items()}, path, "model")

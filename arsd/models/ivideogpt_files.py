@@ -52,8 +52,8 @@ def load_ivideogpt(folder: str | Path, *, dtype: torch.dtype | None = None, **op
         raise CheckpointError(f"{folder} holds no config.json: give the folder that holds {' and '.join(PARTS)}")
     if any((folder / name).is_file() for name in WEIGHTS) and "action_linear.weight" in weight_map(folder):
         raise CheckpointError(f"{folder} reads actions, which is not supported: give an act-free or goal-cond model")
-    config = load_config(LlamaConfig, read_json(path), path)
-    config.tie_word_embeddings = False
+    ends = {"bos_token_id": None, "eos_token_id": None}  # in the files they are GPT-2's, beyond the vocabulary
+    config = load_config(LlamaConfig, read_json(path) | ends | {"tie_word_embeddings": False}, path)
     return load_network(LlamaForCausalLM, folder, config, dtype=dtype, **options)
 
 

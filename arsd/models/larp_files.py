@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arsd.errors import CheckpointError, InputError
-from arsd.models.folders import WEIGHTS, config_of, read_tensors, weight_map
+from arsd.models.folders import config_of, read_tensors, weight_map
 from arsd.models.larp import LARPTransformer, PositionedLlama
 from arsd.models.llamagen_files import _LAYER_KEYS, _STEM_KEYS, Layout
 from arsd.models.weight_files import check_keys, check_tensors, count_indices, shape_of
@@ -51,7 +51,7 @@ def find_kind(folder: str | Path) -> str | None:
         CheckpointError: when its weights are damaged.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in WEIGHTS):
+    if not (folder / "model.safetensors").is_file():
         return None
     keys = weight_map(folder).keys()
     if {"abs_pe", "layers.0.attention.wqkv.weight"} <= keys:

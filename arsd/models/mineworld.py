@@ -177,13 +177,23 @@ class ActionVolume(Volume):
         tables[:, :-1, -ACTION_LENGTH:] = actions
         return tables.flatten(1)[:, : self.num_tokens]
 
+    @property
+    def forced(self) -> dict[int, int]:  # type: ignore[override]
+        """``{position: id}`` of the actions of one clip.
+
+        Raises:
+            InputError: where there are several clips.
+        """
+        if len(self.tables) > 1:
+            raise InputError(f"{len(self.tables)} clips have actions of their own: ask for one of them")
+        return {n: token for n, token in enumerate(self.tables[0].tolist()) if token >= 0}
+
     def grammar(self, device: torch.device | str = "cpu") -> Grammar:
         """Actions are forced, each clip's own; frames have codes only."""
-        allowed, tables = (torch.arange(self.vocab) < self.codes)[None], self.tables
+        allowed = (torch.arange(self.vocab) < self.codes)[None]
         if self.actions is None:
-            forced = {n: int(tables[0, n]) for n in (tables[0] >= 0).nonzero()[:, 0].tolist()}
-            return Grammar(self.num_tokens, self.vocab, forced, allowed, device=device)
-        return RowGrammar(tables, self.vocab, allowed, device=device)
+            return Grammar(self.num_tokens, self.vocab, self.forced, allowed, device=device)
+        return RowGrammar(self.tables, self.vocab, allowed, device=device)
 
     def to_codes(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N] to codes [B, t, h, w].

@@ -339,6 +339,11 @@ def train_target(
 def ship(pipe: LlamaGenPipeline, folder: Path) -> None:
     """Save a pipeline in bfloat16 for distribution: readable by everybody, without the paths of this machine."""
     pipe.to(torch.bfloat16).save_pretrained(folder)
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Files of a saved pipeline become readable by everybody and forget the paths of this machine."""
     for path in (p for p in folder.rglob("*") if p.is_file()):
         path.chmod(0o644)
         if path.suffix == ".json" and path.name != "tokenizer.json":
