@@ -37,7 +37,9 @@ _LAZY = {
     "Hybrid": "arsd.decoding.model_strategies",
     "Lantern": "arsd.decoding.relaxed_strategies",
     "LanternPlusPlus": "arsd.decoding.relaxed_strategies",
+    "IVideoGPTPipeline": "arsd.pipelines.ivideogpt",
     "JanusPipeline": "arsd.pipelines.janus",
+    "LARPPipeline": "arsd.pipelines.larp",
     "LiquidPipeline": "arsd.pipelines.liquid",
     "LayerSkip": "arsd.decoding.layer_skip",
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
@@ -92,7 +94,9 @@ if TYPE_CHECKING:
     from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
     from arsd.pipelines.glm_acceleration import accelerate
     from arsd.pipelines.glm_image import GLMImagePipeline
+    from arsd.pipelines.ivideogpt import IVideoGPTPipeline
     from arsd.pipelines.janus import JanusPipeline
+    from arsd.pipelines.larp import LARPPipeline
     from arsd.pipelines.liquid import LiquidPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline

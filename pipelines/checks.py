@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arsd.decoding import Autoregressive, DecodingStrategy, LawConfig, parse_strategy
 from arsd.devices import DTYPES
@@ -133,3 +134,14 @@ def saved_component(cls: Any, folder: Any, dtype: torch.dtype | None) -> Any:
         return part if dtype is None else part.to(dtype)
     except Exception as error:  # a damaged folder can raise anything
         raise CheckpointError(f"{folder} holds no {cls.__name__}: {' '.join(str(error).split())[:150]}") from error
+
+
+def check_labels(given: Any, device: torch.device) -> Tensor:
+    """One class id or several as a tensor [B]; InputError for anything else."""
+    try:
+        labels = torch.as_tensor(given, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"class_labels must be one class id or several, not {given!r}") from None
+    if not len(labels) or labels.is_floating_point():
+        raise InputError(f"class_labels must be one class id or several, not {given!r}")
+    return labels

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from arsd.errors import CheckpointError
 from arsd.models.glm_image_files import glm_image_kind
+from arsd.models.ivideogpt_files import find_kind as ivideogpt_kind
+from arsd.models.larp_files import find_kind as larp_kind
 from arsd.models.llamagen_files import llamagen_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.core import ARPipeline
 from arsd.pipelines.cosmos import CosmosARPipeline
 from arsd.pipelines.emu3 import Emu3Pipeline, Emu35Pipeline
 from arsd.pipelines.glm_image import GLMImagePipeline
+from arsd.pipelines.ivideogpt import IVideoGPTPipeline
 from arsd.pipelines.janus import JanusPipeline
+from arsd.pipelines.larp import LARPPipeline
 from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
@@ -31,7 +35,7 @@ _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     SimpleARPipeline,
     LiquidPipeline,
 )
-_CLIPS: tuple[type[ARVideoPipeline], ...] = (CosmosARPipeline,)
+_CLIPS: tuple[type[ARVideoPipeline], ...] = (CosmosARPipeline, LARPPipeline, IVideoGPTPipeline)
 _ALL: tuple[type[ARPipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES, GLMImagePipeline, *_CLIPS)
 PIPELINES: dict[str, type[ARPipeline]] = {cls.__name__: cls for cls in _ALL}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
@@ -173,6 +177,30 @@ FAMILIES = (
         f"{_RANDOM}; logits against transformers, pictures against an independent decoder",
     ),
     Family(
+        "larp",
+        "LARP-L-long-AR (classes of UCF-101)",
+        "LARPPipeline",
+        "hub folder + the folder of hywang66/LARP-L-long-tokenizer",
+        "clips of 16 frames of 128 px, guidance interval, small-model drafters",
+        f"{_RANDOM}; logits and clips against an independent network, greedy clips against upstream's code",
+    ),
+    Family(
+        "larp-frames",
+        "LARP-L-long-AR-FP (frame prediction, Kinetics-600)",
+        "LARPPipeline",
+        "hub folder + the folder of hywang66/LARP-L-long-tokenizer",
+        "clips of 16 frames of 128 px from 5 given ones, small-model drafters; no guidance",
+        f"{_RANDOM}; logits and clips against an independent network, greedy clips against upstream's code",
+    ),
+    Family(
+        "ivideogpt",
+        "iVideoGPT, act-free and goal-cond (64 and 256 px)",
+        "IVideoGPTPipeline",
+        "hub folder (tokenizer included)",
+        "clips that go on from 1 or 2 frames, small-model drafters; no actions, no guidance",
+        f"{_RANDOM}; codes and clips against an independent network and upstream's code, greedy tokens against transformers",
+    ),
+    Family(
         "glm-image",
         "GLM-Image",
         "GLMImagePipeline",
@@ -195,6 +223,10 @@ def recognise(path: str | Path) -> str:
     index = path / "model_index.json"
     if index.is_file():
         return glm_image_kind(path) or _pipeline_of(index)
+    if path.is_dir() and (clips := larp_kind(path) or ivideogpt_kind(path)) is not None:  # LARP has keys of LlamaGen
+        if clips == "larp-tokenizer":
+            raise CheckpointError(f"{path} is the video tokenizer of LARP: give it as vq=..., beside a transformer's folder")
+        return clips
     if path.is_file() or path.is_dir():
         weights = llamagen_kind(path)
         if weights == "transformer":

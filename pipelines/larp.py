@@ -18,9 +18,8 @@ from arsd.models.larp import LARPTransformer
 from arsd.models.larp_files import HUB, load_larp, load_larp_tokenizer
 from arsd.models.volume import Volume
 from arsd.pipelines.captioned import Captioned
-from arsd.pipelines.checks import check_count, dtype_of, saved_component
+from arsd.pipelines.checks import check_count, check_labels, dtype_of, saved_component
 from arsd.pipelines.core import DraftMaker
-from arsd.pipelines.llamagen import _labels
 from arsd.pipelines.outputs import Conditions
 from arsd.pipelines.prefix import to_pixels
 from arsd.pipelines.video import ARVideoPipeline, clips_of
@@ -196,7 +195,7 @@ class LARPPipeline(Captioned, ARVideoPipeline):
         """
         model, device = model or self.transformer, self._execution_device
         if given is None:
-            labels = _labels(class_labels, device)
+            labels = check_labels(class_labels, device)
             with in_use(model):
                 rows, inputs = model.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
         else:

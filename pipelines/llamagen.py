@@ -19,7 +19,7 @@ from arsd.models.raster import Raster
 from arsd.models.text_encoders import load_t5_encoder
 from arsd.pipelines.base import ARImagePipeline
 from arsd.pipelines.captioned import Captioned
-from arsd.pipelines.checks import check_count, dtype_of, saved_component
+from arsd.pipelines.checks import check_count, check_labels, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.tokenizers.vq import VQTokenizer
 
@@ -205,7 +205,7 @@ class LlamaGenPipeline(Captioned, ARImagePipeline):
         model = model or self.transformer
         device, mask = self._execution_device, None
         if class_labels is not None:
-            labels = _labels(class_labels, device)
+            labels = check_labels(class_labels, device)
             with in_use(model):
                 rows, inputs = model.embed_classes(labels), [{"class_label": n} for n in labels.tolist()]
         else:
@@ -252,13 +252,3 @@ def _tokenizer(source: Any, dtype: torch.dtype | None) -> VQTokenizer:
         tokenizer: VQTokenizer = saved_component(VQTokenizer, source, dtype)
         return tokenizer
     return load_vq(source, dtype=dtype)
-
-
-def _labels(given: Any, device: torch.device) -> Tensor:
-    try:
-        labels = torch.as_tensor(given, device=device).reshape(-1)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"class_labels must be one class id or several, not {given!r}") from None
-    if not len(labels) or labels.is_floating_point():
-        raise InputError(f"class_labels must be one class id or several, not {given!r}")
-    return labels

@@ -1,6 +1,7 @@
 """``arsd train data | vq | target | drafter | scorer | clips | video-chat | video-vq | video``: make the models that ship.
 
-emoji-128, its drafter and the scorer of its pictures come from the first five, emoji-video-chat and emoji-video from the clips.
+emoji-128, its drafter and the scorer of its pictures come from the first five, emoji-video-chat and emoji-video from the
+clips.
 
 Each stage resumes where it stopped.
 """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arsd.errors import CheckpointError, InputError
 from arsd.models.folders import config_of, read_tensors, weight_map
 from arsd.models.larp import LARPTransformer, PositionedLlama
-from arsd.models.llamagen_files import _LAYER_KEYS, _STEM_KEYS, Layout
+from arsd.models.llamagen_files import LAYER_KEYS, STEM_KEYS, Layout
 from arsd.models.weight_files import check_keys, check_tensors, count_indices, shape_of
 from arsd.tokenizers.larp import LARPTokenizer
 
@@ -79,11 +79,11 @@ def load_larp(folder: str | Path, *, dtype: torch.dtype | None = None) -> LARPTr
     with torch.device("meta"):
         model = LARPTransformer(**config, sampling=SAMPLING[kind])
     tables = {"abs_pe": "lm.model.positions.weight"} | ({_CLASSES: "class_embedding.weight"} if kind == "larp" else {})
-    layout: Layout = {key: (name,) for key, name in (_STEM_KEYS | tables).items()}
+    layout: Layout = {key: (name,) for key, name in (STEM_KEYS | tables).items()}
     for i in range(config["num_layers"]):
         theirs, mine = f"layers.{i}.", f"lm.model.layers.{i}."
         layout[theirs + "attention.wqkv.weight"] = tuple(f"{mine}self_attn.{part}_proj.weight" for part in "qkv")
-        layout |= {theirs + key: (mine + name,) for key, name in _LAYER_KEYS.items()}
+        layout |= {theirs + key: (mine + name,) for key, name in LAYER_KEYS.items()}
     check_keys(state, layout, folder, "LARP")
     ours = model.state_dict()
     shapes = {key: [sum(len(ours[name]) for name in names), *ours[names[0]].shape[1:]] for key, names in layout.items()}

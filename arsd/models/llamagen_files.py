@@ -53,7 +53,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _NULL_CAPTION = "cls_embedding.uncond_embedding"
-_STEM_KEYS = {
+STEM_KEYS = {
     "tok_embeddings.weight": "lm.model.embed_tokens.weight",
     "norm.weight": "lm.model.norm.weight",
     "output.weight": "lm.lm_head.weight",
@@ -63,7 +63,7 @@ _TEXT_KEYS = {
     "cls_embedding.cap_proj.fc1.weight": "caption_projection.fc1.weight",
     "cls_embedding.cap_proj.fc2.weight": "caption_projection.fc2.weight",
 }
-_LAYER_KEYS = {
+LAYER_KEYS = {
     "attention.wo.weight": "self_attn.o_proj.weight",
     "feed_forward.w1.weight": "mlp.gate_proj.weight",
     "feed_forward.w3.weight": "mlp.up_proj.weight",
@@ -330,11 +330,11 @@ def _grid_of_name(name: str) -> int:
 
 def _transformer_layout(layers: int, condition: str) -> Layout:
     condition_keys = {_CLASS_TABLE: "class_embedding.weight"} if condition == "class" else _TEXT_KEYS
-    layout: Layout = {key: (name,) for key, name in (_STEM_KEYS | condition_keys).items()}
+    layout: Layout = {key: (name,) for key, name in (STEM_KEYS | condition_keys).items()}
     for i in range(layers):
         theirs, mine = f"layers.{i}.", f"lm.model.layers.{i}."
         layout[theirs + "attention.wqkv.weight"] = tuple(f"{mine}self_attn.{part}_proj.weight" for part in "qkv")
-        layout |= {theirs + key: (mine + name,) for key, name in _LAYER_KEYS.items()}
+        layout |= {theirs + key: (mine + name,) for key, name in LAYER_KEYS.items()}
     return layout
 
 

@@ -18,8 +18,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def pack_float8(path: Path, largest: int = 8192) -> None:
     """Store the matrices of a safetensors file in float8 (e4m3, 3 bits of mantissa); small tensors in bfloat16.
 
-    Such a file is read like any other, into the dtype that is asked for. Rounding is the loss of 1 part in 16 at most, and of
-    1/512 near zero.
+    Such a file is read like any other, into the dtype that is asked for. Rounding loses 1 part in 16 at most, and 1/1024
+    near zero.
 
     Args:
         path: of the file, which is replaced.
