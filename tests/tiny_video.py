@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from tiny_pipeline import CAPTION_DIM, CONDITION_TOKENS, VOCAB, text_pipeline, tiny_vq
 
 from arsd import CosmosARPipeline, CosmosTransformer
@@ -47,3 +51,13 @@ def clip_pipeline(captions: bool = True, decoder: DecodingStrategy | None = None
     text = text_pipeline()
     parts = {"tokenizer": text.tokenizer, "text_encoder": text.text_encoder}
     return CosmosARPipeline(tiny_transformer(True), tiny_vq(), decoder, **parts)
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """Random pixels of the size of a frame."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+
+
+def tokens_of(pipe: Any, *args: Any, seed: int = 5, **options: Any) -> torch.Tensor:
+    """Tokens [B, N] of one call."""
+    return pipe(*args, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).tokens

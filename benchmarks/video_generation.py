@@ -1,0 +1,176 @@
+"""What parallel decoding is worth on clips of emoji-video, one command per part.
+
+    python benchmarks/video_generation.py prompts --clips runs/clips   # names of the clips that move most
+    python benchmarks/video_generation.py passes    # tokens per pass: couplings x window x initial guesses, and frame-copy
+    python benchmarks/video_generation.py speed     # seconds against plain AR, in turns, with the cost of a pass
+    python benchmarks/video_generation.py sheets    # contact sheets in docs/images
+
+`passes` counts and times nothing: rows share their passes, and a clip's passes are those it took part in. Under the coupling
+`gumbel` and for frame-copy every clip is held against plain AR's at a pass of one token. `speed` is `arsd bench`: strategies
+take turns call by call, one clip at a time. Options: --model, --prompts, --count, --dtype, --repeats, --decoders, --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import arsd
+from arsd.bench import run_bench
+from arsd.cli.bench import bench_table
+from arsd.cli.common import quiet, table
+from arsd.devices import device_kind, resolve_dtype
+from arsd.run_folders import write_atomically
+
+HERE = Path(__file__).parent
+MOTION = HERE / "prompts" / "motion24.txt"
+WINDOWS = (16, 32, 64, 128, 256)
+COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")
+INITS = ("uniform", "left", "above", "previous-frame")
+
+
+def read_motion(path: Path) -> list[str]:
+    """The prompts of a file."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def choose(arguments: argparse.Namespace) -> None:
+    """Write the names of the training clips with the most motion, one per concept."""
+    from arsd.metrics.video_frames import Changes
+    from arsd.training.clips import ClipData
+    from arsd.training.video_tokens import clip_pixels
+
+    data = ClipData.load(arguments.clips)
+    found: dict[str, tuple[float, str]] = {}
+    for index in data.indices(False):
+        pixels = ((clip_pixels(data.frames[index]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        info = data.info[index]
+        found[info.concept] = max(found.get(info.concept, (0.0, "")), (Changes.of(pixels).motion, info.name))
+    every = sorted(found.values(), reverse=True)
+    low, middle, high = np.percentile([m for m, _ in every], [10, 50, 90])
+    lines = [
+        f"# of {len(every)} concepts, those that move most: share of pixels that change between 8 frames,",
+        f"# {every[0][0]:.3f} to {every[arguments.count - 1][0]:.3f} (all: {low:.3f}, {middle:.3f}, {high:.3f}"
+        " at 10, 50, 90 %)",
+    ]
+    MOTION.write_text("\n".join([*lines, *(name for _, name in every[: arguments.count])]) + "\n", encoding="utf-8")
+    print(MOTION.read_text(encoding="utf-8"))
+
+
+def decoded(pipe: Any, prompts: list[str], decoder: str, batch: int = 8) -> Any:
+    """All prompts, each with the seed of its number."""
+    generators = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
+    return pipe(prompts, generator=generators, decoder=decoder, batch_size=batch, output_type="latent", progress=False)
+
+
+def passes(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per pass of everything."""
+    prompts = read_motion(arguments.prompts)[: arguments.count]
+    plain = decoded(pipe, prompts, "ar").tokens
+    rows: list[dict[str, Any]] = []
+    asked = [f"frame-copy:draft_length={w - 1},guess={g}" for g in ("token", "law") for w in arguments.windows]
+    asked += [
+        f"sjd:window={w},coupling={c},init={i}"
+        for c in arguments.couplings
+        for i in arguments.inits
+        for w in arguments.windows
+    ]
+    for text in asked:
+        made = decoded(pipe, prompts, text)
+        exact = arsd.parse_strategy(text).seed_exact
+        same = int((made.tokens == plain).all(1).sum()) if exact else None
+        each = [n / p for n, p in zip(made.stats.tokens, made.stats.row_passes, strict=True)]
+        rows.append({"decoder": text, "tokens_per_pass": made.stats.tokens_per_pass, "clips": each, "same_clips": same})
+        print(
+            f"{text:60s} {made.stats.tokens_per_pass:6.2f}  {'' if same is None else f'{same}/{len(prompts)} same'}",
+            flush=True,
+        )
+    return {"prompts": len(prompts), "tokens": plain.shape[1], "rows": rows}
+
+
+def passes_table(found: dict[str, Any], windows: tuple[int, ...]) -> str:
+    """Lines of coupling and init, columns of windows."""
+    known = {row["decoder"]: row["tokens_per_pass"] for row in found["rows"]}
+    lines = []
+    for name, text in (("frame-copy, tokens", "token"), ("frame-copy, laws", "law")):
+        lines.append([name, "", *(f"{known[f'frame-copy:draft_length={w - 1},guess={text}']:.2f}" for w in windows)])
+    for coupling in COUPLINGS:
+        for init in INITS:
+            cells = [known.get(f"sjd:window={w},coupling={coupling},init={init}") for w in windows]
+            if any(cell is not None for cell in cells):
+                lines.append([f"sjd, {coupling}", init, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
+    return table(["decoder", "init", *map(str, windows)], lines)
+
+
+def speed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds against plain AR."""
+    prompts = read_motion(arguments.prompts)[: arguments.count]
+    chosen = [arsd.parse_strategy(text) for text in ("ar", *arguments.decoders)]
+    found = run_bench(pipe, chosen, prompts, repeats=arguments.repeats, progress=lambda text: print(text, flush=True))
+    for row in found["rows"]:
+        row["share_of_possible"] = row["speedup"] / (row["tokens_per_pass"] / row["pass_cost_ratio"])
+    return found
+
+
+def sheets(pipe: Any, arguments: argparse.Namespace) -> None:
+    """Contact sheets: clips of prompts, and clips that go on from a picture of emoji-128."""
+    from arsd.sheets import contact_sheet
+
+    folder = HERE.parent / "docs" / "images"
+    prompts = read_motion(arguments.prompts)[: arguments.count]
+    made = pipe(prompts, generator=torch.Generator().manual_seed(0), batch_size=8, progress=False)
+    columns = len(made.frames[0])
+    labels = [name if t == 0 else "" for name in prompts for t in range(columns)]
+    contact_sheet([f for clip in made.frames for f in clip], labels, columns=columns).save(folder / "emoji-video.png")
+    with quiet():
+        painter: Any = arsd.AutoARPipeline.from_pretrained("emoji-128")
+    begin = painter(prompts, generator=torch.Generator().manual_seed(0), progress=False).images
+    made = pipe(
+        prompts, frames=[[one] for one in begin], generator=torch.Generator().manual_seed(0), batch_size=8, progress=False
+    )
+    frames = [f for first, clip in zip(begin, made.frames, strict=True) for f in (first.resize(clip[0].size), *clip)]
+    labels = [name if t == 0 else "" for name in prompts for t in range(columns + 1)]
+    contact_sheet(frames, labels, columns=columns + 1).save(folder / "emoji-video-from-pictures.png")
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("prompts", "passes", "speed", "sheets"))
+    parser.add_argument("--clips", type=Path, default=Path("runs/clips"))
+    parser.add_argument("--model", default="emoji-video")
+    parser.add_argument("--prompts", type=Path, default=MOTION)
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
+    parser.add_argument("--couplings", nargs="+", default=list(COUPLINGS))
+    parser.add_argument("--inits", nargs="+", default=list(INITS))
+    parser.add_argument("--decoders", nargs="+", default=["sjd:window=32,init=previous-frame", "frame-copy:draft_length=31"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.part == "prompts":
+        choose(arguments)
+        return
+    with quiet():
+        pipe = arsd.AutoARPipeline.from_pretrained(
+            arguments.model, dtype=resolve_dtype(arguments.dtype, torch.device("cpu"))
+        )
+    if arguments.part == "sheets":
+        sheets(pipe, arguments)
+        return
+    found = passes(pipe, arguments) if arguments.part == "passes" else speed(pipe, arguments)
+    where = {"model": arguments.model, "model_hash": pipe.model_hash, "device": device_kind(pipe.device)}
+    report = {**where, "dtype": arguments.dtype, "threads": torch.get_num_threads(), "torch": torch.__version__, **found}
+    out = arguments.out or HERE / "results" / f"video-{arguments.part}.json"
+    write_atomically(out, json.dumps(report, indent=1) + "\n")
+    print(passes_table(found, tuple(arguments.windows)) if arguments.part == "passes" else bench_table(found["rows"]))
+
+
+if __name__ == "__main__":
+    main()
