@@ -45,6 +45,7 @@ _LAZY = {
     "LlamaGenPipeline": "arsd.pipelines.llamagen",
     "LlamaGenTransformer": "arsd.models.llamagen",
     "LuminaMGPTPipeline": "arsd.pipelines.lumina_mgpt",
+    "MineWorldPipeline": "arsd.pipelines.mineworld",
     "PromptLookup": "arsd.decoding.lookup",
     "PassCosts": "arsd.decoding.costs",
     "PublishedCoolSD": "arsd.decoding.relaxed_strategies",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from arsd.pipelines.liquid import LiquidPipeline
     from arsd.pipelines.llamagen import LlamaGenPipeline
     from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
+    from arsd.pipelines.mineworld import MineWorldPipeline
     from arsd.pipelines.outputs import ARPipelineOutput, ARVideoOutput
     from arsd.pipelines.simplear import SimpleARPipeline
     from arsd.pipelines.video_llm import VideoLLMPipeline

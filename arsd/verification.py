@@ -121,7 +121,7 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
     if record.get("model_hash") is None or record["model_hash"] != pipe.model_hash:
         named = f"{record.get('model')} ({str(record.get('model_hash'))[:12]})"
         return UNKNOWN, f"it was made by {named}, which is another model than the one at hand"
-    name, kind = ("class_label", int) if pipe.takes_classes else ("prompt", str)
+    name, kind = pipe.made_from
     if name not in record:
         if "prompt" in record or "class_label" in record:
             return REFUTED, f"its record has no {name}, from which this model makes pictures"

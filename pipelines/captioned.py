@@ -136,7 +136,7 @@ class Captioned(ARPipeline):
 
         def make_eagle(window: int) -> DraftModel:
             parts = (lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens, conditions.condition, total)
-            return EagleDraftModel(drafter, *parts, window, conditions.padding, batch, conditions.given)
+            return EagleDraftModel(drafter, *parts, window, conditions.padding, batch, conditions.given, self.counts_padding)
 
         def make_small(window: int) -> DraftModel:
             if drafter.num_tokens != total:

@@ -59,6 +59,11 @@ class ARPipeline(Provable, DiffusionPipeline):
         """Whether pictures are made from class labels rather than prompts."""
         return False
 
+    @property
+    def made_from(self) -> tuple[str, type]:
+        """What the record of all that the model makes must hold for it to be verified, by name, and its type."""
+        return ("class_label", int) if self.takes_classes else ("prompt", str)
+
     def make_raster(self, height: int | None = None, width: int | None = None) -> Any:
         """How a picture or clip of this size (pixels; the model's own when ``None``) lies in its tokens.
 

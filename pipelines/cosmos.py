@@ -12,13 +12,15 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from arsd.decoding import SJD, DecodingStrategy
 from arsd.devices import in_use
-from arsd.errors import InputError
+from arsd.errors import CheckpointError, InputError
 from arsd.models.cosmos import CosmosTransformer
+from arsd.models.cosmos_files import load_transformer
 from arsd.models.volume import Volume
 from arsd.pipelines.captioned import Captioned
 from arsd.pipelines.checks import check_count, dtype_of, saved_component
 from arsd.pipelines.outputs import Conditions, with_given
 from arsd.pipelines.video import ARVideoPipeline
+from arsd.tokenizers.cosmos import HUB, CosmosTokenizer
 
 
 class CosmosARPipeline(Captioned, ARVideoPipeline):
@@ -62,11 +64,18 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         self.register_to_config(captions=captions)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, dtype: Any = None, **options: Any) -> Any:
-        """Load a pipeline folder; see diffusers."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, vq: Any = None, dtype: Any = None, **options: Any
+    ) -> Any:
+        """Load a pipeline folder (see diffusers), or NVIDIA's files as :meth:`from_single_file` does."""
         from arsd.pipelines.auto import find_model
 
-        pipe = cls.from_saved(pretrained_model_name_or_path, dtype_of(dtype, options), options)
+        dtype, path = dtype_of(dtype, options), Path(pretrained_model_name_or_path)
+        if path.exists() and not (path / "model_index.json").is_file():
+            return cls.from_single_file(path, vq=vq, dtype=dtype, **options)
+        if vq is not None:
+            options["vq"] = CosmosTokenizer.from_pretrained(vq) if isinstance(vq, (str, Path)) else vq
+        pipe = cls.from_saved(pretrained_model_name_or_path, dtype, options)
         if pipe.config.get("captions") and pipe.text_encoder is None:
             source = find_model(pipe.config["captions"])
             text_encoder = saved_component(T5EncoderModel, source / "text_encoder", pipe.dtype)
@@ -77,10 +86,50 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
             )
         return pipe
 
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        vq: Any = None,
+        dtype: torch.dtype | None = None,
+        decoder: DecodingStrategy | None = None,
+        drafter: Any = None,
+        **options: Any,
+    ) -> CosmosARPipeline:
+        """A pipeline of NVIDIA's files.
+
+        Args:
+            path: the folder of Cosmos-Predict1-4B or -12B, or its ``model.pt``.
+            vq: the folder of Cosmos-Tokenize1-DV8x16x16-720p (its files are programs), or an object.
+            dtype: of the transformer's weights; by default that of the file.
+            decoder: decoding strategy.
+            drafter: draft model.
+            options: ``grid``, ``rope_base`` and ``yarn_scale`` of :func:`arsd.models.cosmos_files.load_transformer`.
+
+        Raises:
+            CheckpointError: when a file is missing, damaged or something else, or the files do not belong together.
+        """
+        if vq is None:
+            raise CheckpointError(f"{path} is a transformer without its tokenizer: give vq=..., the folder of {HUB}")
+        tokenizer = CosmosTokenizer.from_pretrained(vq) if isinstance(vq, (str, Path)) else vq
+        transformer = load_transformer(path, dtype=dtype, **options)
+        codes, known = len(tokenizer.codebook), transformer.config["vocab_size"]
+        if codes != known:
+            raise CheckpointError(f"the tokenizer has {codes} codes, the model {known}: give files that belong together")
+        pipe = cls(transformer, tokenizer, decoder, drafter=drafter)
+        pipe.remember_sources(path, *([vq] if isinstance(vq, (str, Path)) else []), parts={"vq": vq})
+        return pipe
+
     @property
     def sampling(self) -> dict[str, Any]:
         """See :class:`ARPipeline`."""
         return self.transformer.config["sampling"] or {}
+
+    @property
+    def made_from(self) -> tuple[str, type]:
+        """See :class:`ARPipeline`; models without captions go on from given tokens."""
+        return ("prompt", str) if self.has_captions else ("given_tokens", int)
 
     @property
     def has_captions(self) -> bool:
@@ -171,6 +220,13 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         with in_use(model):
             streams = self.caption_streams(model, rows, mask, guided)
         return Conditions(*streams, described, raster, given)
+
+    def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
+        """See :class:`arsd.pipelines.provable.Provable`; what is given lies in the tokens of the record."""
+        if self.has_captions:
+            return super().conditions_of(records, guided)
+        given = torch.zeros(len(records), records[0]["given_tokens"], dtype=torch.int64)
+        return self.encode_inputs(given=given, guided=False, num_frames=records[0].get("num_frames"))
 
     @torch.no_grad()
     def null_conditions(self, batch: int, guided: bool) -> Conditions:

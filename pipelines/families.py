@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arsd.errors import CheckpointError
+from arsd.models.cosmos_files import cosmos_kind
 from arsd.models.glm_image_files import glm_image_kind
 from arsd.models.ivideogpt_files import find_kind as ivideogpt_kind
 from arsd.models.larp_files import find_kind as larp_kind
 from arsd.models.llamagen_files import llamagen_kind
+from arsd.models.mineworld_files import mineworld_kind
 from arsd.pipelines.anole import AnolePipeline
 from arsd.pipelines.core import ARPipeline
 from arsd.pipelines.cosmos import CosmosARPipeline
@@ -22,6 +24,7 @@ from arsd.pipelines.larp import LARPPipeline
 from arsd.pipelines.liquid import LiquidPipeline
 from arsd.pipelines.llamagen import LlamaGenPipeline
 from arsd.pipelines.lumina_mgpt import LuminaMGPTPipeline
+from arsd.pipelines.mineworld import MineWorldPipeline
 from arsd.pipelines.simplear import SimpleARPipeline
 from arsd.pipelines.token_images import TokenImagePipeline
 from arsd.pipelines.video import ARVideoPipeline
@@ -35,7 +38,7 @@ _TOKEN_IMAGES: tuple[type[TokenImagePipeline], ...] = (
     SimpleARPipeline,
     LiquidPipeline,
 )
-_CLIPS: tuple[type[ARVideoPipeline], ...] = (CosmosARPipeline, LARPPipeline, IVideoGPTPipeline)
+_CLIPS: tuple[type[ARVideoPipeline], ...] = (CosmosARPipeline, LARPPipeline, IVideoGPTPipeline, MineWorldPipeline)
 _ALL: tuple[type[ARPipeline], ...] = (LlamaGenPipeline, *_TOKEN_IMAGES, GLMImagePipeline, *_CLIPS)
 PIPELINES: dict[str, type[ARPipeline]] = {cls.__name__: cls for cls in _ALL}
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
@@ -208,6 +211,22 @@ FAMILIES = (
         "sizes in steps of 32 px, pictures in prompts, small-model drafters, device maps; no guidance, no continuation",
         f"{_RANDOM}; logits and greedy tokens against transformers, pictures against diffusers",
     ),
+    Family(
+        "cosmos",
+        "Cosmos-Predict1 4B, 12B (video)",
+        "CosmosARPipeline",
+        "hub folder (model.pt, config.json) + encoder.jit and decoder.jit of nvidia/Cosmos-Tokenize1-DV8x16x16-720p",
+        "clips of 33 frames, 640 x 1024 px, from 1 or 9 given frames, EAGLE and small-model drafters",
+        f"{_RANDOM}; logits against an independent forward and NVIDIA's code",
+    ),
+    Family(
+        "mineworld",
+        "MineWorld 300M, 700M, 1200M (video)",
+        "MineWorldPipeline",
+        "*.ckpt, with its tokenizer in it or vae/vae.ckpt beside it (withdrawn from the hub in May 2025)",
+        "clips of 16 or 32 frames, 224 x 384 px, from given frames and actions, EAGLE and small-model drafters",
+        f"{_RANDOM}; logits, actions, pixels and greedy clips against Microsoft's code",
+    ),
 )
 
 
@@ -235,6 +254,11 @@ def recognise(path: str | Path) -> str:
             raise CheckpointError(
                 f"{path} is an image tokenizer of LlamaGen: give it as vq=..., beside a transformer's file"
             )
+    if (kind := cosmos_kind(path) or mineworld_kind(path)) in ("cosmos", "mineworld"):
+        return str(kind)
+    if kind is not None:
+        what = "cross-attention reads text, which is not supported" if kind == "cosmos-video2world" else "it is a tokenizer"
+        raise CheckpointError(f"{path} is no model that arsd can run ({what}): see arsd models")
     if path.is_file():
         raise CheckpointError(f"{path} holds weights of no model that arsd knows: see arsd models")
     if not path.is_dir():

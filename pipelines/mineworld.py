@@ -115,6 +115,11 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
         return self.transformer.config["sampling"] or {}
 
     @property
+    def made_from(self) -> tuple[str, type]:
+        """See :class:`ARPipeline`."""
+        return "actions", list
+
+    @property
     def frame_rate(self) -> float:
         """See :class:`ARVideoPipeline`."""
         return float(self.transformer.config["frame_rate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import zipfile
@@ -47,6 +48,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         content = _read(path)
     except OSError as error:
+        if error.errno == errno.EINVAL:  # what torch's reader makes of a zip archive that ends early
+            raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): check disk and permissions") from error
     except Exception as error:  # a damaged pickle can raise anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
