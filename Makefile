@@ -51,6 +51,8 @@ test-oldest: $(VENV)/.stamp-test $(OLDEST)/.stamp ## the cache and decoding test
 	    tests/test_chameleon.py tests/test_chameleon_files.py tests/test_families.py tests/test_continuation.py \
 	    tests/test_generate_fn.py tests/test_generate_fn_limits.py tests/test_llamagen_published.py tests/test_diffusers_manners.py \
 	    tests/test_emu3.py tests/test_janus.py tests/test_janus_files.py tests/test_simplear.py tests/test_liquid.py \
+	    tests/test_video_pipeline.py tests/test_clip_files.py tests/test_cosmos_files.py tests/test_mineworld.py \
+	    tests/test_larp.py tests/test_larp_pipeline.py tests/test_ivideogpt.py \
 	    tests/test_cosmos_tokenizer.py tests/test_glm_image.py tests/test_glm_acceleration.py tests/test_glm_painting.py \
 	    tests/test_sparse_to_dense.py tests/test_selection.py tests/test_video_llm.py tests/test_layer_skip.py
 

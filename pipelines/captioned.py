@@ -1,9 +1,8 @@
-"""What pipelines share whose models read caption features in slots in front of their codes (LlamaGen, emoji-video)."""
+"""What pipelines share whose transformers hold a language model, and whose models read captions (LlamaGen, emoji-video)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,35 +21,51 @@ from arsd.pipelines.core import ARPipeline, DraftMaker, TargetMaker
 from arsd.pipelines.outputs import Conditions
 
 
-class Captioned(ARPipeline):
-    """Captions to condition slots, and a transformer ``lm`` with its head behind the loop.
+class WithLanguageModel(ARPipeline):
+    """Pipelines whose transformer has a language model ``lm`` with its head, and tells its ``num_tokens``."""
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padded condition slots count in the positions of what follows."""
+        return True
+
+    def target_maker(self, conditions: Conditions, model: Any = None) -> TargetMaker:
+        """See :class:`ARPipeline`."""
+        lm, total = (model or self.transformer).lm, conditions.raster.num_tokens
+
+        def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
+            inputs = (conditions.condition, total, pass_tokens, conditions.padding, batch, conditions.given)
+            return DecoderTarget(lm.model, lm.lm_head, lm.model.embed_tokens, *inputs, self.counts_padding)
+
+        return make_target
+
+    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
+        """See :class:`ARPipeline`."""
+        drafter, lm, total = self.drafter, self.transformer.lm, self.transformer.num_tokens
+
+        def make_eagle(window: int) -> DraftModel:
+            parts = (lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens, conditions.condition, total)
+            return EagleDraftModel(drafter, *parts, window, conditions.padding, batch, conditions.given, self.counts_padding)
+
+        def make_small(window: int) -> DraftModel:
+            if drafter.num_tokens != total:
+                raise InputError(f"the drafter draws {drafter.num_tokens} tokens, the model {total}: they must be the same")
+            maker = self.target_maker(encode(model=drafter), drafter)
+            return SmallARDrafter(maker(max(window, 2), batch), window)
+
+        if drafter is None:
+            return None
+        return make_eagle if isinstance(drafter, EagleDrafter) else make_small
+
+
+class Captioned(WithLanguageModel):
+    """Captions to condition slots.
 
     Components beside those of :class:`ARPipeline`: ``tokenizer`` and ``text_encoder``, a T5 encoder, both or neither.
     """
 
     tokenizer: Any
     text_encoder: Any
-
-    @classmethod
-    def from_saved(cls, path: str | Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
-        """A pipeline from a folder that ``save_pretrained`` wrote, or a hub id; see diffusers for the options.
-
-        Raises:
-            CheckpointError: for a folder of another class.
-        """
-        from arsd.pipelines.families import check_class
-
-        check_class(path, cls)
-        options |= {} if dtype is None else {"dtype": dtype}
-        pipe = super().from_pretrained(str(path), **options)
-        if Path(path).is_dir():
-            pipe.remember_sources(path, parts=options)
-        return pipe
-
-    @property
-    def counts_padding(self) -> bool:
-        """Whether padded condition slots count in the positions of what follows."""
-        return True
 
     def check_captions(
         self,
@@ -119,31 +134,3 @@ class Captioned(ARPipeline):
         if not guided:
             return rows[None], padding
         return torch.stack([rows, model.embed_null_caption(len(rows))]), padding.expand(2, -1, -1)
-
-    def target_maker(self, conditions: Conditions, model: Any = None) -> TargetMaker:
-        """See :class:`ARPipeline`."""
-        lm, total = (model or self.transformer).lm, conditions.raster.num_tokens
-
-        def make_target(pass_tokens: int, batch: int) -> DecoderTarget:
-            inputs = (conditions.condition, total, pass_tokens, conditions.padding, batch, conditions.given)
-            return DecoderTarget(lm.model, lm.lm_head, lm.model.embed_tokens, *inputs, self.counts_padding)
-
-        return make_target
-
-    def draft_maker(self, conditions: Conditions, batch: int, encode: Callable[..., Conditions]) -> DraftMaker | None:
-        """See :class:`ARPipeline`."""
-        drafter, lm, total = self.drafter, self.transformer.lm, self.transformer.num_tokens
-
-        def make_eagle(window: int) -> DraftModel:
-            parts = (lm.model.rotary_emb, lm.lm_head, lm.model.embed_tokens, conditions.condition, total)
-            return EagleDraftModel(drafter, *parts, window, conditions.padding, batch, conditions.given, self.counts_padding)
-
-        def make_small(window: int) -> DraftModel:
-            if drafter.num_tokens != total:
-                raise InputError(f"the drafter draws {drafter.num_tokens} tokens, the model {total}: they must be the same")
-            maker = self.target_maker(encode(model=drafter), drafter)
-            return SmallARDrafter(maker(max(window, 2), batch), window)
-
-        if drafter is None:
-            return None
-        return make_eagle if isinstance(drafter, EagleDrafter) else make_small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -99,6 +100,22 @@ class ARPipeline(Provable, DiffusionPipeline):
     def make_grammar(self, raster: Any = None) -> Grammar:
         """What each position may hold, in this layout (the model's own when ``None``)."""
         return (raster or self.make_raster()).grammar(self._execution_device)
+
+    @classmethod
+    def from_saved(cls, path: str | Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+        """A pipeline from a folder that ``save_pretrained`` wrote, or a hub id; see diffusers for the options.
+
+        Raises:
+            CheckpointError: for a folder of another class.
+        """
+        from arsd.pipelines.families import check_class
+
+        check_class(path, cls)
+        options |= {} if dtype is None else {"dtype": dtype}
+        pipe = super().from_pretrained(str(path), **options)
+        if Path(path).is_dir():
+            pipe.remember_sources(path, parts=options)
+        return pipe
 
     @property
     def interrupt(self) -> bool:

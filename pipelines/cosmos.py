@@ -18,7 +18,7 @@ from arsd.models.cosmos_files import load_transformer
 from arsd.models.volume import Volume
 from arsd.pipelines.captioned import Captioned
 from arsd.pipelines.checks import check_count, dtype_of, saved_component
-from arsd.pipelines.outputs import Conditions, with_given
+from arsd.pipelines.outputs import Conditions, stand_in, with_given
 from arsd.pipelines.video import ARVideoPipeline
 from arsd.tokenizers.cosmos import HUB, CosmosTokenizer
 
@@ -240,10 +240,10 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         return Conditions(*streams, [{}] * batch, raster, given)
 
     def _unprompted(self, model: CosmosTransformer, batch: int) -> tuple[Tensor, Tensor]:
-        """Condition slots and mask without a prompt: the null caption, or one slot that is masked."""
+        """Condition slots [B, T, D] and mask [B, T] without a prompt: the null caption, or one slot that is masked."""
+        if not self.has_captions:
+            condition, padding = stand_in(batch, model.config["hidden_size"], model.dtype, self._execution_device)
+            return condition[0], (~padding[0]).long()
         with in_use(model):
-            if self.has_captions:
-                rows = model.embed_null_caption(batch)
-                return rows, torch.ones(rows.shape[:2], dtype=torch.int64, device=rows.device)
-        width, device = model.config["hidden_size"], self._execution_device
-        return torch.zeros(batch, 1, width, dtype=model.dtype, device=device), torch.zeros(batch, 1, device=device).long()
+            rows = model.embed_null_caption(batch)
+        return rows, torch.ones(rows.shape[:2], dtype=torch.int64, device=rows.device)

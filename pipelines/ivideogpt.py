@@ -17,9 +17,10 @@ from arsd.errors import CheckpointError, InputError
 from arsd.models.ivideogpt import FRAMES, SAMPLING, ContextVolume
 from arsd.models.ivideogpt_files import find_kind, load_ivideogpt, load_ivideogpt_tokenizer
 from arsd.models.target import DecoderTarget
+from arsd.models.token_images import with_marks
 from arsd.pipelines.checks import check_count, check_sampling, dtype_of
 from arsd.pipelines.core import DraftMaker, TargetMaker
-from arsd.pipelines.outputs import Conditions, with_given
+from arsd.pipelines.outputs import Conditions, stand_in, with_given
 from arsd.pipelines.prefix import to_pixels
 from arsd.pipelines.video import ARVideoPipeline, clips_of
 from arsd.tokenizers.ivideogpt import IVideoGPTTokenizer
@@ -80,7 +81,6 @@ class IVideoGPTPipeline(ARVideoPipeline):
             CheckpointError: for a folder of another kind, missing or damaged files, or a model that reads actions.
         """
         from arsd.pipelines.auto import find_model
-        from arsd.pipelines.families import check_class
 
         dtype = dtype_of(dtype, options)
         hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
@@ -89,11 +89,7 @@ class IVideoGPTPipeline(ARVideoPipeline):
         if isinstance(vq, (str, Path)):
             vq = load_ivideogpt_tokenizer(find_model(vq), dtype=dtype)
         if (folder / "model_index.json").is_file():
-            check_class(folder, cls)
-            options |= ({} if vq is None else {"vq": vq}) | ({} if dtype is None else {"dtype": dtype})
-            pipe = super().from_pretrained(str(folder), **options)
-            pipe.remember_sources(folder, parts=given)
-            return pipe
+            return cls.from_saved(folder, dtype, options | ({} if vq is None else {"vq": vq}))
         if find_kind(folder) is None:
             raise CheckpointError(f"{folder} is no folder of iVideoGPT: give one that holds tokenizer and transformer")
         own = {name: options.pop(name) for name in ("decoder", "drafter", "num_frames", "sampling") if name in options}
@@ -111,9 +107,7 @@ class IVideoGPTPipeline(ARVideoPipeline):
     @property
     def codebook(self) -> Tensor:
         """See :class:`ARPipeline`; marks lie far away from all codes."""
-        vectors = self.vq.codebook
-        far = 1e3 * (1 + vectors.abs().amax()) * torch.arange(1, 3, device=vectors.device)
-        return torch.cat([vectors, far[:, None].to(vectors).expand(-1, vectors.shape[1])])
+        return with_marks(self.vq.codebook, 2)
 
     @property
     def frame_rate(self) -> float:
@@ -245,8 +239,6 @@ class IVideoGPTPipeline(ARVideoPipeline):
         return make_small
 
     def _conditions(self, given: Tensor, raster: ContextVolume, size: dict[str, Any], model: Any) -> Conditions:
-        shape = (1, len(given), 1)
-        slot = torch.zeros(*shape, model.config.hidden_size, dtype=model.dtype, device=given.device)
-        padding = torch.ones(shape, dtype=torch.bool, device=given.device)
+        slot, padding = stand_in(len(given), model.config.hidden_size, model.dtype, given.device)
         described = [size | with_given(given) for _ in range(len(given))]
         return Conditions(slot, padding, described, raster, given.contiguous())

@@ -17,7 +17,7 @@ from arsd.models.folders import config_of
 from arsd.models.larp import LARPTransformer
 from arsd.models.larp_files import HUB, load_larp, load_larp_tokenizer
 from arsd.models.volume import Volume
-from arsd.pipelines.captioned import Captioned
+from arsd.pipelines.captioned import WithLanguageModel
 from arsd.pipelines.checks import check_count, check_labels, dtype_of, saved_component
 from arsd.pipelines.core import DraftMaker
 from arsd.pipelines.outputs import Conditions
@@ -26,7 +26,7 @@ from arsd.pipelines.video import ARVideoPipeline, clips_of
 from arsd.tokenizers.larp import LARPTokenizer
 
 
-class LARPPipeline(Captioned, ARVideoPipeline):
+class LARPPipeline(WithLanguageModel, ARVideoPipeline):
     """Clips from class labels, or from frames, whichever the model was trained for.
 
     The codes of a clip are a sequence without places: strategies that look at neighbours (``init=above``,
@@ -42,8 +42,6 @@ class LARPPipeline(Captioned, ARVideoPipeline):
 
     model_cpu_offload_seq = "transformer->vq"
     _optional_components = ["decoder", "drafter"]
-    tokenizer = None
-    text_encoder = None
 
     def __init__(
         self,

@@ -15,14 +15,15 @@ from arsd.errors import CheckpointError, InputError
 from arsd.models.folders import config_of
 from arsd.models.mineworld import ACTION_IDS, ActionVolume, MineWorldTransformer, parse_actions
 from arsd.models.mineworld_files import VAE_FILES, holds_vae, load_transformer, load_vae
-from arsd.pipelines.captioned import Captioned
+from arsd.models.token_images import with_marks
+from arsd.pipelines.captioned import WithLanguageModel
 from arsd.pipelines.checks import check_count, dtype_of, saved_component
-from arsd.pipelines.outputs import Conditions, with_given
+from arsd.pipelines.outputs import Conditions, stand_in, with_given
 from arsd.pipelines.video import ARVideoPipeline
 from arsd.tokenizers.amused import AmusedTokenizer
 
 
-class MineWorldPipeline(Captioned, ARVideoPipeline):
+class MineWorldPipeline(WithLanguageModel, ARVideoPipeline):
     """Clips that go on from given frames, with an action between every two frames.
 
     ``actions`` of a call says what is done behind each frame, see :func:`arsd.models.mineworld.parse_actions`:
@@ -39,8 +40,6 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
     model_cpu_offload_seq = "transformer->vq"
     _optional_components = ["decoder", "drafter"]
     counts_padding = False  # the slot in front of a clip is a stand-in that nothing attends to
-    tokenizer = None
-    text_encoder = None
 
     def __init__(
         self,
@@ -127,9 +126,7 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
     @property
     def codebook(self) -> Tensor:
         """See :class:`ARPipeline`; ids of actions have vectors that lie far away from all codes, and from each other."""
-        vectors = self.vq.codebook
-        far = 1e3 * (1 + vectors.abs().amax()) * torch.arange(1, 1 + ACTION_IDS, device=vectors.device)
-        return torch.cat([vectors, far[:, None].to(vectors).expand(-1, vectors.shape[1])])
+        return with_marks(self.vq.codebook, ACTION_IDS)
 
     def make_raster(
         self, height: int | None = None, width: int | None = None, num_frames: int | None = None
@@ -210,9 +207,7 @@ class MineWorldPipeline(Captioned, ARVideoPipeline):
         )
 
     def _stand_in(self, model: MineWorldTransformer, batch: int) -> tuple[Tensor, Tensor]:
-        """One condition slot of each clip that nothing attends to, and its padding: clips begin with given tokens."""
-        condition = torch.zeros(1, batch, 1, model.config["hidden_size"], dtype=model.dtype, device=self._execution_device)
-        return condition, torch.ones(condition.shape[:3], dtype=torch.bool, device=condition.device)
+        return stand_in(batch, model.config["hidden_size"], model.dtype, self._execution_device)
 
 
 def _tokenizer(source: Any, dtype: torch.dtype | None) -> AmusedTokenizer:

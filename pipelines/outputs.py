@@ -159,3 +159,12 @@ def of_unit(unit: Tensor, output_type: str) -> Any:
 def with_given(given: Tensor | None) -> dict[str, int]:
     """What the record of a picture says of the tokens that it began with."""
     return {} if given is None else {"given_tokens": given.shape[1]}
+
+
+def stand_in(batch: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Condition [1, B, 1, D] and padding [1, B, 1] of models without a condition: one slot that nothing attends to.
+
+    The loop reads a token's law in the slot before it; sequences of these models begin with tokens that are given.
+    """
+    condition = torch.zeros(1, batch, 1, width, dtype=dtype, device=device)
+    return condition, torch.ones(condition.shape[:3], dtype=torch.bool, device=device)

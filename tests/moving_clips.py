@@ -15,13 +15,13 @@ def noise(count=1, frames=6, height=10, width=12, seed=0) -> list[np.ndarray]:
 
 
 def moving(seed: int, frames: int = 10, side: int = 24) -> np.ndarray:
-    """A coloured square that wanders over a coloured ground, a step of its own at a time."""
+    """A coloured square that wanders over a coloured ground, a step of its own at a time, and fades."""
     rng = np.random.default_rng(seed)
     clip = np.empty((frames, side, side, 3), dtype=np.uint8)
     clip[:], colour, step = rng.integers(0, 256, 3), rng.integers(0, 256, 3), rng.integers(1, 4, 2)
     for t in range(frames):
         y, x = (rng.integers(0, 2) + t * step) % (side - 8)
-        clip[t, y : y + 8, x : x + 8] = colour
+        clip[t, y : y + 8, x : x + 8] = colour * (1 - t / 16)
     return clip
 
 
@@ -54,7 +54,7 @@ class Stub(torch.nn.Module):
         if rescale:
             x = x / 255 * 2 - 1
         if resize:
-            x = x[:, :, :, ::2, ::2]
+            x = x[:, :, :, : x.shape[3] // 2]
         half = torch.cat([x[:, :, :4].mean([2, 3, 4]), x[:, :, 4:].mean([2, 3, 4])], dim=1) @ self.weight
         return half if return_features else half.softmax(-1)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_clip import Colours, saved_clip
 
 from arsd.errors import DataError, InputError
-from arsd.metrics import Statistics, frechet_distance, kernel_distance
+from arsd.metrics import Statistics, frechet_distance, kernel_distance, video
 from arsd.metrics.images import Resizer
 from arsd.metrics.resampling import bootstrap_mean
 from arsd.metrics.video import FrameFeatures, I3DFeatures
@@ -163,7 +163,7 @@ def test_figures_are_those_of_each_clip_put_together(sets):
     assert about["figures"]["flicker"] == same["flicker"] and about["clips"] == 9 and len(about["sha256"]) == 64
 
 
-def test_the_card_says_what_the_figures_depend_on(sets, stub):
+def test_the_card_says_what_the_figures_depend_on(sets, stub, monkeypatch):
     real, made = sets
     judge = VideoJudge(I3DFeatures(stub), Colours(), None, FramePick(9, "first"))
     judge.set_reference(real)
@@ -179,6 +179,8 @@ def test_the_card_says_what_the_figures_depend_on(sets, stub):
     assert card["rows"][0]["distance biased"]
     text = video_markdown(card)
     assert text.count("*") == 2 and f"| FVD ({judge.features.name}) |" in text and "real (reference)" in text
+    monkeypatch.setattr(video, "I3D_SHA256", judge.features._hash)
+    assert make_video_card(judge, card["rows"])["flags"] == card["flags"][:1]
 
 
 def test_flags_name_still_clips_and_rates_that_differ(tmp_path):

@@ -86,8 +86,13 @@ class TokenProtocol(ABC):
 
     def codebook(self, vectors: Tensor) -> Tensor:
         """[V, c] code vectors [C, c], and for each mark a vector that lies far away from all of them."""
-        far = 1e3 * (1 + vectors.abs().amax()) * torch.arange(1, 1 + len(self.mark_ids), device=vectors.device)
-        return torch.cat([vectors, far[:, None].to(vectors).expand(-1, vectors.shape[1])])
+        return with_marks(vectors, len(self.mark_ids))
+
+
+def with_marks(vectors: Tensor, marks: int) -> Tensor:
+    """[C + marks, c] code vectors [C, c], and for each mark a vector that lies far away from all of them and the others."""
+    far = 1e3 * (1 + vectors.abs().amax()) * torch.arange(1, 1 + marks, device=vectors.device)
+    return torch.cat([vectors, far[:, None].to(vectors).expand(-1, vectors.shape[1])])
 
 
 class CodeEmbedding(nn.Module):
