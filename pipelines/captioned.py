@@ -25,6 +25,11 @@ class WithLanguageModel(ARPipeline):
     """Pipelines whose transformer has a language model ``lm`` with its head, and tells its ``num_tokens``."""
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """See :class:`ARPipeline`."""
+        return self.transformer.config["sampling"] or {}
+
+    @property
     def counts_padding(self) -> bool:
         """Whether padded condition slots count in the positions of what follows."""
         return True

@@ -122,11 +122,6 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         return pipe
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """See :class:`ARPipeline`."""
-        return self.transformer.config["sampling"] or {}
-
-    @property
     def made_from(self) -> tuple[str, type]:
         """See :class:`ARPipeline`; models without captions go on from given tokens."""
         return ("prompt", str) if self.has_captions else ("given_tokens", int)
@@ -140,11 +135,6 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
     def counts_padding(self) -> bool:
         """See :class:`Captioned`. The slot in front of a model without captions is a stand-in that nothing attends to."""
         return self.has_captions
-
-    @property
-    def frame_rate(self) -> float:
-        """See :class:`ARVideoPipeline`."""
-        return float(self.transformer.config["frame_rate"])
 
     def make_raster(self, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> Volume:
         """See :class:`ARVideoPipeline`; clips may be shorter than those that the model was trained on."""

@@ -95,11 +95,6 @@ class LARPPipeline(WithLanguageModel, ARVideoPipeline):
         return pipe
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """See :class:`ARPipeline`."""
-        return self.transformer.config["sampling"] or {}
-
-    @property
     def takes_classes(self) -> bool:
         """See :class:`ARPipeline`."""
         return bool(self.transformer.config["condition"] == "class")

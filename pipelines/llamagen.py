@@ -139,11 +139,6 @@ class LlamaGenPipeline(Captioned, ARImagePipeline):
         return int(self.transformer.config["grid"]) * self.vq.downsample_factor
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """See :class:`ARImagePipeline`."""
-        return self.transformer.config["sampling"] or {}
-
-    @property
     def takes_classes(self) -> bool:
         """See :class:`ARImagePipeline`."""
         return bool(self.transformer.config["condition"] == "class")

@@ -109,19 +109,9 @@ class MineWorldPipeline(WithLanguageModel, ARVideoPipeline):
         return pipe
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """See :class:`ARPipeline`."""
-        return self.transformer.config["sampling"] or {}
-
-    @property
     def made_from(self) -> tuple[str, type]:
         """See :class:`ARPipeline`."""
         return "actions", list
-
-    @property
-    def frame_rate(self) -> float:
-        """See :class:`ARVideoPipeline`."""
-        return float(self.transformer.config["frame_rate"])
 
     @property
     def codebook(self) -> Tensor:

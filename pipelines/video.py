@@ -78,7 +78,7 @@ class ARVideoPipeline(ARPipeline):
     @property
     def frame_rate(self) -> float:
         """Frames per second that clips are meant to be shown at."""
-        return 8.0
+        return float(self.transformer.config["frame_rate"])
 
     # ------------------------------------------------------------------------------------------------ the same everywhere
 
