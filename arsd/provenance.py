@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from arsd.clip_files import frames_of, write_clip, xmp_record
+from arsd.clip_files import frames_of, write_file, xmp_record
 from arsd.errors import InputError
 
 KEY = "arsd"
@@ -177,7 +178,7 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any], overw
     Raises:
         InputError: when the file exists and ``overwrite`` is off, or it cannot be written.
     """
-    write_clip(png_bytes(image, record), path, overwrite)
+    write_file(png_bytes(image, record), path, overwrite)
 
 
 def read_png(path: str | Path) -> dict[str, Any]:
@@ -200,14 +201,13 @@ def read_record(source: Any) -> tuple[Image.Image | list[Image.Image], dict[str,
     Raises:
         InputError: when it is no picture, or has no record.
     """
-    if isinstance(source, Image.Image):
-        return _content(source), _parse(_text(source), "the picture")
+    opened = isinstance(source, Image.Image)
     try:
-        with Image.open(source) as image:
-            text, pixels = _text(image), _content(image)
-    except (OSError, AttributeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source} cannot be read as a picture: {error}") from None
-    return pixels, _parse(text, str(source))
+        with contextlib.nullcontext(source) if opened else Image.open(source) as image:
+            record = _parse(_text(image), "the picture" if opened else str(source))
+            return _content(image), record  # pixels last: a file without a record is not worth them
+    except (OSError, AttributeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{'the picture' if opened else source} cannot be read as a picture: {error}") from None
 
 
 def _text(image: Image.Image) -> str | None:

@@ -155,8 +155,10 @@ def _read(pipe: Any, index: int, source: Any) -> _Case | tuple[str, str]:
         return UNKNOWN, "its record is damaged (pass shape, seed or size)"
     try:
         raster = pipe.raster_of(record)
-    except (ArsdError, TypeError) as error:
+    except ArsdError as error:
         return UNKNOWN, f"it has another size than this model is loaded for ({error}): load it with image_size"
+    except Exception as error:  # whatever a made-up record leads to
+        return UNKNOWN, f"its record is damaged ({type(error).__name__})"
     if len(tokens) != raster.num_tokens or int(tokens.max()) >= raster.vocab:
         return REFUTED, f"this model makes {raster.num_tokens} tokens below {raster.vocab}"
     given = record.get("given_tokens") or 0

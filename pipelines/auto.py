@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     """
     if str(name) in shipped_models():
         return CHECKPOINTS / str(name)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         return path
     if str(name).count("/") != 1:
@@ -45,6 +46,17 @@ def find_model(name: str | Path, **hub: Any) -> Path:
         raise CheckpointError(
             f"could not get {name!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def caption_source(folder: Path) -> Path | None:
+    """The model whose tokenizer and text encoder a saved pipeline reads its captions with, where it has none of its own.
+
+    Raises:
+        CheckpointError: when there is no such model.
+    """
+    index = folder / "model_index.json"
+    named = json.loads(index.read_bytes()).get("captions") if index.is_file() else None
+    return find_model(named) if named and not (folder / "text_encoder").is_dir() else None
 
 
 class AutoARPipeline:

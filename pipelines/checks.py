@@ -90,10 +90,10 @@ def check_negative(negative_prompt: Any, prompts: int) -> list[str | None]:
     return list(negative_prompt)
 
 
-def check_count(num_images_per_prompt: Any) -> None:
-    """Raise InputError unless this is a positive number of pictures."""
-    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise InputError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+def check_count(count: Any, name: str = "num_images_per_prompt") -> None:
+    """Raise InputError unless this is a positive number of pictures or clips."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"{name} must be at least 1, not {count}")
 
 
 def check_image_size(image_size: Any) -> None:
@@ -130,7 +130,8 @@ def saved_component(cls: Any, folder: Any, dtype: torch.dtype | None) -> Any:
         CheckpointError: when it is another one, or damaged.
     """
     try:
-        part = cls.from_pretrained(str(folder)).eval()
+        part = cls.from_pretrained(str(folder))
+        part = part.eval() if isinstance(part, torch.nn.Module) else part
         return part if dtype is None else part.to(dtype)
     except Exception as error:  # a damaged folder can raise anything
         raise CheckpointError(f"{folder} holds no {cls.__name__}: {' '.join(str(error).split())[:150]}") from error

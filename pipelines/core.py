@@ -108,13 +108,14 @@ class ARPipeline(Provable, DiffusionPipeline):
         Raises:
             CheckpointError: for a folder of another class.
         """
+        from arsd.pipelines.auto import find_model
         from arsd.pipelines.families import check_class
 
-        check_class(path, cls)
-        options |= {} if dtype is None else {"dtype": dtype}
-        pipe = super().from_pretrained(str(path), **options)
-        if Path(path).is_dir():
-            pipe.remember_sources(path, parts=options)
+        hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
+        folder = find_model(path, **hub)
+        check_class(folder, cls)
+        pipe = super().from_pretrained(str(folder), dtype=dtype or torch.float32, **options)
+        pipe.remember_sources(folder, parts=options)
         return pipe
 
     @property

@@ -68,22 +68,23 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
         cls, pretrained_model_name_or_path: str | Path, *, vq: Any = None, dtype: Any = None, **options: Any
     ) -> Any:
         """Load a pipeline folder (see diffusers), or NVIDIA's files as :meth:`from_single_file` does."""
-        from arsd.pipelines.auto import find_model
+        from arsd.pipelines.auto import caption_source, find_model
 
-        dtype, path = dtype_of(dtype, options), Path(pretrained_model_name_or_path)
-        if path.exists() and not (path / "model_index.json").is_file():
-            return cls.from_single_file(path, vq=vq, dtype=dtype, **options)
+        dtype = dtype_of(dtype, options)
+        hub = {name: options.pop(name) for name in ("revision", "cache_dir") if name in options}
+        folder = find_model(pretrained_model_name_or_path, **hub)
+        vq = find_model(vq) if isinstance(vq, (str, Path)) else vq
+        if not (folder / "model_index.json").is_file():
+            return cls.from_single_file(folder, vq=vq, dtype=dtype, **options)
         if vq is not None:
-            options["vq"] = CosmosTokenizer.from_pretrained(vq) if isinstance(vq, (str, Path)) else vq
-        pipe = cls.from_saved(pretrained_model_name_or_path, dtype, options)
-        if pipe.config.get("captions") and pipe.text_encoder is None:
-            source = find_model(pipe.config["captions"])
-            text_encoder = saved_component(T5EncoderModel, source / "text_encoder", pipe.dtype)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source / "tokenizer")
-            pipe.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
-            pipe.remember_sources(
-                pretrained_model_name_or_path, source / "text_encoder", source / "tokenizer", parts=options
-            )
+            options["vq"] = CosmosTokenizer.from_pretrained(vq) if isinstance(vq, Path) else vq
+        pipe, source = cls.from_saved(folder, dtype, options), caption_source(folder)
+        wanted = [name for name in ("tokenizer", "text_encoder") if name not in options and getattr(pipe, name) is None]
+        if source is not None and wanted:
+            kinds = {"tokenizer": (PreTrainedTokenizerFast, None), "text_encoder": (T5EncoderModel, pipe.dtype)}
+            found = {name: saved_component(kinds[name][0], source / name, kinds[name][1]) for name in wanted}
+            pipe.register_modules(**found)
+            pipe.remember_sources(folder, *(source / name for name in wanted), parts=options)
         return pipe
 
     @classmethod
@@ -125,6 +126,14 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
     def made_from(self) -> tuple[str, type]:
         """See :class:`ARPipeline`; models without captions go on from given tokens."""
         return ("prompt", str) if self.has_captions else ("given_tokens", int)
+
+    def guidance_of(self, guidance_scale: float | None, inputs: dict[str, Any]) -> float | None:
+        """See :class:`ARVideoPipeline`: without a prompt both streams would be the same."""
+        if "prompt" in inputs or "prompt_embeds" in inputs:
+            return guidance_scale
+        if guidance_scale not in (None, 1):
+            raise InputError("there is no prompt to guide with: leave out guidance_scale")
+        return 1.0
 
     @property
     def has_captions(self) -> bool:
@@ -172,7 +181,7 @@ class CosmosARPipeline(Captioned, ARVideoPipeline):
                 "give a prompt, or frames" if self.has_captions else "this model goes on from frames: give some"
             )
         self.check_captions(prompt, prompt_embeds, prompt_attention_mask)
-        check_count(num_videos_per_prompt)
+        check_count(num_videos_per_prompt, "num_videos_per_prompt")
         count = len([prompt] if isinstance(prompt, str) else prompt) if prompt is not None else None
         count = count if prompt_embeds is None else len(prompt_embeds)
         if frames is not None and count is not None and len(frames) not in (1, count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from arsd.pipelines.checks import check_count, check_sampling, dtype_of
 from arsd.pipelines.core import DraftMaker, TargetMaker
 from arsd.pipelines.outputs import Conditions, stand_in, with_given
 from arsd.pipelines.prefix import to_pixels
-from arsd.pipelines.video import ARVideoPipeline, clips_of
+from arsd.pipelines.video import ARVideoPipeline, clips_of, is_codes
 from arsd.tokenizers.ivideogpt import IVideoGPTTokenizer
 
 
@@ -105,6 +105,16 @@ class IVideoGPTPipeline(ARVideoPipeline):
         return self.config["sampling"] or SAMPLING
 
     @property
+    def made_from(self) -> tuple[str, type]:
+        """See :class:`ARPipeline`; what is given lies in the tokens of the record."""
+        return "given_tokens", int
+
+    def conditions_of(self, records: Sequence[dict[str, Any]], guided: bool) -> Conditions:
+        """See :class:`arsd.pipelines.provable.Provable`."""
+        given = torch.zeros(len(records), records[0]["given_tokens"], dtype=torch.int64)
+        return self.encode_inputs(given=given, num_frames=records[0].get("num_frames"))
+
+    @property
     def codebook(self) -> Tensor:
         """See :class:`ARPipeline`; marks lie far away from all codes."""
         return with_marks(self.vq.codebook, 2)
@@ -138,7 +148,7 @@ class IVideoGPTPipeline(ARVideoPipeline):
             raise InputError(f"this model knows no {', '.join(unknown)}: it goes on from frames")
         if frames is None:
             raise InputError(f"this model goes on from frames: give {self.vq.context_length} or more")
-        check_count(num_videos_per_prompt)
+        check_count(num_videos_per_prompt, "num_videos_per_prompt")
 
     def law_config(self, given: dict[str, Any]) -> Any:
         """See :class:`ARPipeline`.
@@ -158,7 +168,7 @@ class IVideoGPTPipeline(ARVideoPipeline):
         Raises:
             InputError: for what is no clip, is shorter than the context, or as long as what is to be made.
         """
-        if isinstance(frames, Tensor) and not frames.is_floating_point() and frames.dtype != torch.uint8:
+        if is_codes(frames):
             if not len(frames) or not raster.begins(raster.from_codes(frames).shape[1]):
                 raise InputError("frames holds codes of all frames: give fewer, so that something is left to be made")
             raster.check(frames)

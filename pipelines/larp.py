@@ -22,7 +22,7 @@ from arsd.pipelines.checks import check_count, check_labels, dtype_of, saved_com
 from arsd.pipelines.core import DraftMaker
 from arsd.pipelines.outputs import Conditions
 from arsd.pipelines.prefix import to_pixels
-from arsd.pipelines.video import ARVideoPipeline, clips_of
+from arsd.pipelines.video import ARVideoPipeline, clips_of, is_codes
 from arsd.tokenizers.larp import LARPTokenizer
 
 
@@ -132,7 +132,7 @@ class LARPPipeline(WithLanguageModel, ARVideoPipeline):
             raise InputError("this model needs class_labels")
         if not self.takes_classes and (frames is None or class_labels is not None):
             raise InputError("this model goes on from frames: give some, and no class_labels")
-        check_count(num_videos_per_prompt)
+        check_count(num_videos_per_prompt, "num_videos_per_prompt")
 
     @torch.no_grad()
     def encode_clips(self, frames: Any, raster: Volume) -> Tensor:
@@ -143,7 +143,7 @@ class LARPPipeline(WithLanguageModel, ARVideoPipeline):
         """
         if self.takes_classes:
             raise InputError("this model makes whole clips of a class: leave out frames")
-        if isinstance(frames, Tensor) and not frames.is_floating_point() and frames.dtype != torch.uint8:
+        if is_codes(frames):
             if frames.ndim != 4 or not len(frames) or frames.shape[1:] != raster.places.shape:
                 wanted = f"[n, {', '.join(map(str, raster.places.shape))}]"
                 raise InputError(f"frames holds codes of shape {tuple(frames.shape)}: give {wanted}, or pixels in [0, 1]")

@@ -141,7 +141,7 @@ class MineWorldPipeline(WithLanguageModel, ARVideoPipeline):
             raise InputError("this model goes on from frames: give some")
         if actions is None:
             raise InputError("this model wants actions: give one for each frame but the last, or {} to do nothing")
-        check_count(num_videos_per_prompt)
+        check_count(num_videos_per_prompt, "num_videos_per_prompt")
 
     @torch.no_grad()
     def encode_inputs(  # type: ignore[override]

@@ -75,6 +75,14 @@ class ARVideoPipeline(ARPipeline):
         found: list[Tensor] = [self.vq.decode_video(clip[None]).transpose(1, 2) for clip in codes]
         return torch.cat(found)
 
+    def guidance_of(self, guidance_scale: float | None, inputs: dict[str, Any]) -> float | None:
+        """The guidance scale of a call with these inputs, ``None`` for the model's own.
+
+        Raises:
+            InputError: for one where there is nothing to guide with.
+        """
+        return guidance_scale
+
     @property
     def frame_rate(self) -> float:
         """Frames per second that clips are meant to be shown at."""
@@ -100,7 +108,7 @@ class ARVideoPipeline(ARPipeline):
         Raises:
             InputError: for what is no clip, or is as long as what is to be made.
         """
-        if isinstance(frames, Tensor) and not frames.is_floating_point() and frames.dtype != torch.uint8:
+        if is_codes(frames):
             return _codes(frames, raster)
         factor = self.vq.downsample_factor
         size = raster.rows * factor, raster.columns * factor, factor
@@ -195,6 +203,7 @@ class ARVideoPipeline(ARPipeline):
         inputs = {name: value for name, value in named.items() if value is not None}
         given = {} if frames is None else {"frames": self.encode_clips(frames, raster)}
         self.check_inputs(num_videos_per_prompt, **given, **inputs)
+        guidance_scale = self.guidance_of(guidance_scale, inputs)
         options = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "temperature": temperature}
         options |= {"top_k": top_k, "top_p": top_p}
         config = self.law_config(options)
@@ -225,8 +234,10 @@ def clips_of(frames: Any) -> list[Any]:
     if isinstance(frames, Image.Image):
         return [[frames]]
     if isinstance(frames, (np.ndarray, Tensor)):
-        if frames.ndim not in (3, 4, 5):
-            raise InputError(f"frames must have 4 dimensions (5 for several clips), not {frames.ndim}")
+        if frames.ndim not in (3, 4, 5) or not all(frames.shape):
+            raise InputError(f"frames must have 4 dimensions (5 for several clips), not the shape {tuple(frames.shape)}")
+        if not _is_pixels(frames):
+            raise InputError(f"frames must be bytes or values in [0, 1], not {frames.dtype} (codes: a tensor of int64)")
         return list(frames) if frames.ndim == 5 else [frames[None] if frames.ndim == 3 else frames]
     if not isinstance(frames, (list, tuple)) or not len(frames):
         raise InputError(f"frames must be pictures, an array or a tensor, not {type(frames).__name__}")
@@ -234,6 +245,17 @@ def clips_of(frames: Any) -> list[Any]:
     if isinstance(first, (list, tuple)) or (isinstance(first, (np.ndarray, Tensor)) and first.ndim == 4):
         return [one for clip in frames for one in clips_of(clip)]
     return [list(frames)]
+
+
+def is_codes(frames: Any) -> bool:
+    """Whether these are codes rather than pixels: a tensor of whole numbers that are no bytes."""
+    return isinstance(frames, Tensor) and not _is_pixels(frames)
+
+
+def _is_pixels(frames: np.ndarray | Tensor) -> bool:
+    if isinstance(frames, Tensor):
+        return frames.is_floating_point() or frames.dtype == torch.uint8
+    return frames.dtype.kind == "f" or frames.dtype == np.uint8
 
 
 def _codes(codes: Tensor, raster: Volume) -> Tensor:

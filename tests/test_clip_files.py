@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import hushed, saved, seeded
+from tiny_pipeline import hushed, one_clear_line, saved, seeded
 from tiny_video import CLIP, FRAME, FRAMES, SIZE, clip_pipeline, picture, tokens_of
 
 import arsd
 from arsd.cli import main
 from arsd.clip_files import frames_of, mp4_bytes, webp_bytes, xmp_record
 from arsd.decoding import SJD
-from arsd.errors import CheckpointError
+from arsd.errors import CheckpointError, InputError
 from arsd.provenance import read_record
 from arsd.training.ship_video import pack_float8, ship_video
 
@@ -98,6 +98,72 @@ def test_a_clip_behind_given_frames_is_verified_as_far_as_it_was_made(folder, tm
     arsd.save_webp(out.frames[0], tmp_path / "a.webp", pipe.record(out, 0))
     result = pipe.verify(tmp_path / "a.webp")
     assert result.result == "verified" and result.given_tokens == FRAME and "behind a given beginning" in result.reason
+
+
+@pytest.mark.parametrize("numbers", [[0], [0, 0, 1, 1], [2, 2, 2, 2], [0, 1, 0, 1]])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (96, 96)])
+def test_frames_that_are_equal_stay_apart(numbers, size):
+    """libwebp's encoder of animations would join them."""
+    frames = [Image.new("RGB", size, (40 * n, 7, 255 - n)) for n in numbers]
+    with Image.open(io.BytesIO(webp_bytes(frames, {"n": numbers}, 8))) as image:
+        assert image.size == size and json.loads(xmp_record(image)) == {"n": numbers}
+        assert all(np.array_equal(a, b) for a, b in zip(frames_of(image), frames, strict=True))
+    with Image.open(io.BytesIO(webp_bytes(frames, None, 8))) as image:
+        assert getattr(image, "n_frames", 1) == len(numbers) and xmp_record(image) is None
+
+
+def test_a_clip_that_stands_still_is_verified(folder, tmp_path):
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    out = pipe(PROMPTS[0], frames=[picture(), picture()], generator=seeded(2))
+    arsd.save_webp(out.frames[0], tmp_path / "a.webp", pipe.record(out, 0))
+    assert pipe.verify(tmp_path / "a.webp").result == "verified"
+
+
+def test_a_clip_of_a_model_without_captions_is_verified(tmp_path):
+    folder = saved(clip_pipeline(False), tmp_path / "bare")
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    out = pipe(frames=picture(), generator=seeded(2), num_videos_per_prompt=2)
+    for i, frames in enumerate(out.frames):
+        arsd.save_webp(frames, tmp_path / "a.webp", pipe.record(out, i), overwrite=True)
+        result = pipe.verify(tmp_path / "a.webp")
+        assert (result.result, result.given_tokens) == ("verified", FRAME), result
+    arsd.save_webp(out.frames[0], tmp_path / "a.webp", pipe.record(out, 1), overwrite=True)
+    assert pipe.verify(tmp_path / "a.webp").result == "refuted"
+
+
+def test_files_that_would_fill_the_memory_are_not_read(folder, tmp_path):
+    pipe = hushed(arsd.AutoARPipeline.from_pretrained(folder))
+    bomb = webp_bytes([Image.new("RGB", (3000, 3000))] * 16, {"seed_exact": True}, 8)
+    assert len(bomb) < 1e5
+    (tmp_path / "bomb.webp").write_bytes(bomb)
+    (tmp_path / "cut.webp").write_bytes(webp_bytes([picture(n) for n in range(4)], {"a": 1}, 8)[:-200])
+    for name, says in (("bomb", "pixels"), ("cut", "")):
+        result = pipe.verify(tmp_path / f"{name}.webp")
+        assert result.result == "unknown" and says in result.reason
+    with Image.open(tmp_path / "bomb.webp") as image:
+        assert pipe.verify(image).result == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "says"),
+    [
+        ([], 8, "at least one"),
+        (np.zeros((2, 8, 12, 3)), 8, "PIL pictures"),
+        ([picture(), Image.new("RGB", (3, 3))], 8, "one size"),
+    ]
+    + [([picture()], rate, "frame_rate") for rate in (0, 1e-5, -1, float("nan"), 1e4)],
+)
+def test_what_is_no_clip_is_not_written(frames, rate, says, tmp_path):
+    for write in (lambda: webp_bytes(frames, None, rate), lambda: mp4_bytes(frames, rate)):
+        with pytest.raises(InputError) as error:
+            write()
+        one_clear_line(error.value, says)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for path in (blocked / "x.webp", tmp_path / ("x" * 300 + ".webp")):
+        with pytest.raises(InputError, match="cannot write"):
+            arsd.save_webp([picture()], path, {})
+    assert list(tmp_path.iterdir()) == [blocked]
 
 
 def test_webp_and_mp4_hold_the_frames():

@@ -10,8 +10,7 @@ import arsd
 from arsd.decoding import SJD, FrameCopy, LawConfig, Setting, Speculative
 from arsd.decoding.drafters import same_place
 from arsd.decoding.frame_copy import FrameCopyDrafter
-from arsd.decoding.rules import RejectionSampling
-from arsd.decoding.types import FixedWindow, Parts
+from arsd.decoding.types import Parts
 from arsd.errors import StrategyError
 from arsd.exactness.tables import Build, HashTarget, World, law_z, run, sample, total_variation
 from arsd.exactness.tape import push_forward
@@ -133,7 +132,6 @@ def test_parts_of_the_strategy():
     strategy = arsd.parse_strategy("frame-copy:draft_length=31,guess=law")
     assert strategy.lossless and strategy.seed_exact and str(strategy) == "frame-copy:draft_length=31,guess=law"
     assert FrameCopy.from_config(strategy.config).config["draft_length"] == 31
-    assert isinstance(Parts(None, RejectionSampling(), FixedWindow(2), 2).rule, RejectionSampling)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

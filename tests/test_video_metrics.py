@@ -73,7 +73,7 @@ def chat() -> VideoChatFeatures:
 
 @pytest.fixture(scope="module")
 def clips() -> list[np.ndarray]:
-    return [moving(seed) for seed in range(14)]
+    return [moving(seed, frames=8) for seed in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_video_llm_gives_mean_and_change_of_its_middle_states(chat, clips, s
 
 
 def test_batches_orders_and_shapes_make_no_difference(chat, clips, seen):
-    mixed = [clips[0], moving(3, frames=8), clips[1], moving(4, side=30), clips[2]]
+    mixed = [clips[0], moving(3, frames=6), clips[1], moving(4, side=30), clips[2]]
     alone = torch.cat([chat.features([clip]) for clip in mixed])
     assert torch.allclose(chat.features(mixed), alone, atol=1e-5)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(1))

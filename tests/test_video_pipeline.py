@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_lookup import Says
 from tiny_pipeline import VOCAB, hushed, one_clear_line, seeded
 from tiny_video import CLIP, COLUMNS, FRAME, FRAMES, ROWS, SIZE, clip_pipeline, picture, tiny_transformer, tokens_of
 
-from arsd.decoding import SJD
 from arsd.errors import InputError
-from arsd.exactness.tables import run
 from arsd.models.rotary import volume_rotary_angles
 from arsd.models.volume import Volume
 from arsd.pipelines.video import clips_of
@@ -186,7 +183,7 @@ def test_output_types_show_the_same_clips(pipe):
     assert pipe(PROMPTS[0], num_videos_per_prompt=3, generator=seeded(1)).tokens.shape == (3, CLIP)
 
 
-def test_export_to_video_of_diffusers_takes_a_clip(pipe, tmp_path, monkeypatch):
+def test_exports_of_diffusers_take_a_clip(pipe, tmp_path):
     from diffusers.utils import export_to_gif
 
     frames = pipe(PROMPTS[0], generator=seeded(1)).frames[0]
@@ -227,6 +224,20 @@ def test_every_frame_has_its_size_and_given_frames_their_tokens(bare):
     assert torch.equal(out.tokens[0, : 2 * FRAME], out.tokens[1, : 2 * FRAME])
 
 
+def test_a_call_that_is_stopped_shows_what_there_is(pipe):
+    out = pipe(PROMPTS, generator=seeded(1), decoder="ar", on_round=lambda turn: int(turn.positions[0, 0]) >= FRAME)
+    assert out.stats.tokens == [FRAME + 1] * 3 and all(len(clip) == FRAMES for clip in out.frames)
+    assert torch.equal(out.tokens[:, : FRAME + 1], pipe(PROMPTS, generator=seeded(1)).tokens[:, : FRAME + 1])
+
+
+def test_without_a_prompt_there_is_nothing_to_guide_with(pipe, bare):
+    for each in (pipe, bare):
+        assert each(frames=picture(), generator=seeded(1)).law_config.guidance_scale == 1
+        with pytest.raises(InputError) as error:
+            each(frames=picture(), guidance_scale=3.0)
+        one_clear_line(error.value, "no prompt to guide with")
+
+
 def test_clips_of_one_call():
     assert [len(clip) for clip in clips_of(picture())] == [1]
     assert [len(clip) for clip in clips_of([picture(), picture()])] == [2]
@@ -245,6 +256,9 @@ def test_clips_of_one_call():
         ({"prompt": PROMPTS, "height": 16}, "12 x 8"),
         ({"prompt": PROMPTS, "frames": "clip.webp"}, "frames must be pictures"),
         ({"prompt": PROMPTS, "frames": []}, "frames must be pictures"),
+        ({"prompt": PROMPTS, "frames": np.zeros((0, 2, *SIZE, 3))}, "frames must have 4 dimensions"),
+        ({"prompt": PROMPTS, "frames": torch.tensor(5)}, "codes of shape"),
+        ({"prompt": PROMPTS, "frames": np.zeros((1, 1, 4, 6), dtype=np.int64)}, "codes: a tensor"),
         ({"prompt": PROMPTS, "frames": [picture()] * FRAMES}, "something is left"),
         ({"prompt": PROMPTS, "frames": [[picture()], [picture()]]}, "2 clips to begin with for 3 prompts"),
         ({"prompt": PROMPTS, "frames": [[picture()], [picture()] * 2, [picture()]]}, "different lengths"),
@@ -252,7 +266,7 @@ def test_clips_of_one_call():
         ({"prompt": PROMPTS, "frames": torch.zeros(1, 1, 4, 5, dtype=torch.int64)}, "codes of shape"),
         ({"prompt": PROMPTS, "frames": torch.full((1, 1, 4, 6), 99)}, "codes outside"),
         ({"prompt": PROMPTS, "actions": [1]}, "knows no actions"),
-        ({"prompt": PROMPTS, "num_videos_per_prompt": 0}, "at least 1"),
+        ({"prompt": PROMPTS, "num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1"),
         ({"prompt": PROMPTS, "output_type": "gif"}, "output_type"),
         ({"class_labels": [1]}, "knows no class_labels"),
     ],
@@ -268,11 +282,3 @@ def test_a_model_without_captions_wants_frames(bare):
         with pytest.raises(InputError) as error:
             bare(**arguments)
         one_clear_line(error.value, says)
-
-
-def test_a_still_clip_takes_few_passes():
-    frame = torch.arange(FRAME) % VOCAB
-    said = frame.repeat(FRAMES)[None]
-    target = Says(said, VOCAB)
-    result = run(target, SJD(window=FRAME, init="previous-frame"), frame_length=FRAME, given=frame[None])
-    assert result.stats.forward_passes == FRAMES - 1

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from arsd.cli.generate import open_picture
-    from arsd.clip_files import mp4_bytes, save_webp, write_clip
+    from arsd.clip_files import mp4_bytes, save_webp, write_file
     from arsd.decoding import parse_strategy
     from arsd.provenance import picture_entry, tokens_sha256
     from arsd.video import read_video
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.image is not None and arguments.clip is not None:
         raise InputError("give --image or --clip, not both")
+    if arguments.actions is not None:
+        options["actions"] = read_actions(arguments.actions)
     if arguments.negative_prompt is not None:
         raise InputError("models that make clips take no --negative-prompt")
     begun = arguments.image or arguments.clip
@@ -63,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     pipe, weights = load_pipeline(arguments)
     if arguments.clip is not None:
         shown, _ = read_video(arguments.clip)
+        if len(shown) < arguments.clip_frames:
+            raise InputError(f"{arguments.clip} has {len(shown)} frames, not {arguments.clip_frames} (--clip-frames)")
         options["frames"] = [Image.fromarray(frame) for frame in shown[: arguments.clip_frames]]
     plan[0][0].parent.mkdir(parents=True, exist_ok=True)
     decoder, rate = given or pipe.decoder, arguments.fps or pipe.frame_rate
@@ -76,9 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
             record = {**pipe.record(made, i), "model": arguments.model, "seed": arguments.seed}
             path = Path(f"{stem}.webp")
             save_webp(made.frames[i], path, record, rate, overwrite=arguments.overwrite)
-            entry = {**picture_entry(made, i), "prompt": name, "path": str(path), "frames": len(made.frames[i])}
+            entry = {
+                **picture_entry(made, i),
+                "prompt": given_input.get("prompt"),
+                "path": str(path),
+                "frames": len(made.frames[i]),
+            }
             try:
-                write_clip(mp4_bytes(made.frames[i], rate), f"{stem}.mp4", overwrite=arguments.overwrite)
+                write_file(mp4_bytes(made.frames[i], rate), f"{stem}.mp4", overwrite=arguments.overwrite)
                 entry["mp4"] = f"{stem}.mp4"
             except InputError as error:
                 missing = str(error)
@@ -107,6 +116,18 @@ def run(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"no MP4: {missing}")
     return 0
+
+
+def read_actions(path: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read actions from {path}: {error}") from None
 
 
 def makes_clips(model: str) -> bool:

@@ -16,7 +16,8 @@ _OF_PICTURES = ("decoders", "frontier", "protocol", "data")
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """--video, --num-frames, --pick, --fps, --consistency."""
     clips = parser.add_argument_group("clips")
-    clips.add_argument("--video", action="store_true", help="FOLDERs hold clips: files, or folders of frames")
+    networks = "--features emoji-video-chat, i3d:PATH (FVD), frames:EXTRACTOR"
+    clips.add_argument("--video", action="store_true", help=f"FOLDERs hold clips: files, or folders of frames; {networks}")
     clips.add_argument("--num-frames", type=int, metavar="N", help=f"of each clip; 0: all (default: {NUM_FRAMES})")
     clips.add_argument("--pick", choices=("even", "first"), help="frames spread over the clip (default), or its first ones")
     clips.add_argument("--fps", type=float, help="with --pick first: at so many frames per second")

@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
     clips = parser.add_argument_group("models that make clips")
     clips.add_argument("--clip", metavar="FILE", help="a clip whose first frames are kept (--image: a picture)")
     clips.add_argument("--clip-frames", type=int, default=1, metavar="N", help="how many of --clip (default: 1)")
+    clips.add_argument("--actions", metavar="JSON", help="a file with an action for each frame but the last (MineWorld)")
     clips.add_argument("--num-frames", type=int, help="frames of a clip (default: the model's own number)")
     clips.add_argument("--fps", type=float, help="frames per second of the files (default: the model's own)")
     add_sampling_options(parser)
@@ -70,8 +71,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise InputError(f"--seed must lie in 0..2^63-1, not {arguments.seed}")
     if arguments.clip_frames < 1:
         raise InputError(f"--clip-frames must be at least 1, not {arguments.clip_frames}")
-    if arguments.fps is not None and not 0 < arguments.fps <= 1000:
-        raise InputError(f"--fps must lie in (0, 1000], not {arguments.fps}")
+    if arguments.fps is not None and not 0.1 <= arguments.fps <= 1000:
+        raise InputError(f"--fps must lie in 0.1..1000, not {arguments.fps}")
     LawConfig(**{name: value for name, value in sampling(arguments).items() if value is not None})
 
 
@@ -87,6 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_numbers(arguments)
     if makes_clips(arguments.model):
         return run_clips(arguments)
+    of_clips = [name for name in ("clip", "num_frames", "fps", "actions") if getattr(arguments, name) is not None]
+    if of_clips:
+        raise InputError(
+            f"--{of_clips[0].replace('_', '-')} is for models that make clips, which {arguments.model} does not"
+        )
     inputs = inputs_of(arguments)
     prompts = [str(next(iter(one.values()))) for one in inputs]
     given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    from arsd.pipelines.auto import find_model, shipped_models
+    from arsd.pipelines.auto import caption_source, find_model, shipped_models
     from arsd.pipelines.video_parts import find_video_llm, shipped_video_llms
     from arsd.provenance import model_hash
 
@@ -51,7 +51,10 @@ def _shipped() -> list[dict[str, Any]]:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         index = folder / "model_index.json"
         kind = json.loads(index.read_text())["_class_name"] if index.is_file() else "VideoLLMPipeline"
-        rows.append({"name": name, "pipeline": kind, "megabytes": round(size / 1e6, 1), "model_hash": model_hash(folder)})
+        source = caption_source(folder)
+        parts = [] if source is None else [source / "tokenizer", source / "text_encoder"]
+        found_hash = model_hash(folder, *parts)
+        rows.append({"name": name, "pipeline": kind, "megabytes": round(size / 1e6, 1), "model_hash": found_hash})
     return rows
 
 

@@ -14,7 +14,7 @@ from arsd.errors import ArsdError, InputError
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("verify", help="is a picture the plain AR sample of its seed?", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="PNG files that arsd wrote")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="PNG and WebP files that arsd wrote")
     parser.add_argument("--model", help="where the model is (default: the name in the picture)")
     add_component_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -23,6 +23,7 @@ from arsd.models.weight_files import (
     check_keys,
     check_tensors,
     count_indices,
+    keys_of,
     read_state_dict,
     shape_of,
     write_state_dict,
@@ -93,7 +94,7 @@ def cosmos_kind(path: str | Path) -> str | None:
     path = first_file([path], WEIGHT_FILES) or path
     if not path.is_file():
         return None
-    keys = {key.removeprefix("model.") for key in read_state_dict(path)}
+    keys = {key.removeprefix("model.") for key in keys_of(path)}
     if not keys >= {"tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.attention.q_norm.weight"}:
         return None
     return "cosmos-video2world" if any(_CROSS in key for key in keys) else "cosmos"

@@ -113,12 +113,16 @@ class ContextVolume:
     def to_codes(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N] to codes [B, K], as :class:`arsd.tokenizers.ivideogpt.IVideoGPTTokenizer` has them.
 
+        A later picture that was not finished (token 0 where no code of its kind stands) has the first code there.
+
         Raises:
             InputError: for tokens of another clip, or with ids where they do not belong.
         """
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise InputError(f"tokens must be [B, {self.num_tokens}], not {tuple(tokens.shape)}")
         codes = tokens[:, self.places.to(tokens.device)]
+        later = torch.arange(codes.shape[1], device=codes.device) >= self.context * self.side**2
+        codes = torch.where(later & (codes == 0), self.context_codes, codes)
         self.check(codes)
         return codes
 

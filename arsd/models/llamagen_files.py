@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from arsd.errors import CheckpointError, InputError
@@ -26,6 +25,7 @@ from arsd.models.weight_files import (
     check_keys,
     check_tensors,
     count_indices,
+    keys_of,
     read_state_dict,
     shape_of,
     to_half,
@@ -264,22 +264,12 @@ def llamagen_kind(path: str | Path) -> Literal["transformer", "vq"] | None:
     path = Path(path)
     if path.is_dir() and not _hub_files(path):
         return None
-    keys = _keys_of(_hub_files(path)[0] if path.is_dir() else path)
+    keys = keys_of(_hub_files(path)[0] if path.is_dir() else path)
     if "layers.0.attention.wqkv.weight" in keys and any(key.startswith("cls_embedding.") for key in keys):
         return "transformer"
     if "quantize.embedding.weight" in keys and any(key.startswith("encoder.conv_blocks.") for key in keys):
         return "vq"
     return None
-
-
-def _keys_of(path: Path) -> set[str]:
-    if path.suffix != ".safetensors" or not path.is_file():
-        return set(read_state_dict(path))
-    try:
-        with safe_open(path, framework="numpy") as file:  # torch would map all of it as memory that may be written
-            return set(file.keys())
-    except Exception as error:
-        raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error
 
 
 def _hub_files(folder: Path) -> list[Path]:

@@ -280,10 +280,16 @@ def parse_actions(actions: Any, frames: int, codes: int) -> Tensor:
     return ids[:, : frames - 1].long()
 
 
-def _encoded(actions: Sequence[Any], codes: int) -> list[Any]:
+def _encoded(actions: Sequence[Any], codes: int, depth: int = 3) -> list[Any]:
     """Mappings in lists to ids."""
+    if not depth:
+        raise InputError("actions must be mappings, or ids [frames, 11] or [clips, frames, 11], as many of each clip")
     return [
-        encode_action(one, codes) if isinstance(one, Mapping) else _encoded(one, codes) if isinstance(one, list) else one
+        encode_action(one, codes)
+        if isinstance(one, Mapping)
+        else _encoded(one, codes, depth - 1)
+        if isinstance(one, list)
+        else one
         for one in actions
     ]
 
@@ -297,7 +303,7 @@ def _is_pressed(name: str, value: Any) -> bool:
 def _angles(camera: Any) -> Sequence[float]:
     try:
         angles = [float(angle) for angle in camera]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         angles = []
     if len(angles) != 2 or not all(map(math.isfinite, angles)):
         raise InputError(f"camera of an action must be two angles in degrees, not {camera!r}")

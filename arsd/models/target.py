@@ -35,7 +35,7 @@ class DecoderTarget:
         condition: embedded condition of all M pictures [S, M, P, D], P >= 1.
         num_tokens: image tokens per picture.
         max_pass_tokens: the longest pass.
-        padding: [S, M, P], True at padded condition slots; the last slot must be real.
+        padding: [S, M, P], True at padded condition slots; where the last one is padded, the first token must be given.
         batch: rows B; at first row b holds picture b. ``None``: as many as pictures.
         given: [M, F] tokens that each picture begins with; they are read along with its condition.
         count_padding: whether padded slots count in the positions that the decoder is told (LlamaGen), or every stream

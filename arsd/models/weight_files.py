@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from arsd.errors import CheckpointError
@@ -152,3 +153,18 @@ def _read(path: Path) -> Any:
     with torch.serialization.safe_globals(_HARMLESS):
         # a mapped file costs no memory for what is not copied: optimiser states, exponential averages
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def keys_of(path: Path) -> set[str]:
+    """The names of the tensors in a weight file; of a safetensors file nothing else is read.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return set(read_state_dict(path))
+    try:
+        with safe_open(path, framework="numpy") as file:  # torch would map all of it as memory that may be written
+            return set(file.keys())
+    except Exception as error:
+        raise CheckpointError(f"{path} is truncated, corrupt or no weight file: download or export it again") from error

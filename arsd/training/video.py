@@ -80,7 +80,9 @@ class ClipBatches:
         labels = clean.clone()
         labels[plain, 0] = -100
         fed = spoilt(clean, null | plain, self.vocab, self.generator)
-        return self.features[pick].float(), self.masks[pick], null, fed.flatten(1), labels.flatten(1)
+        whole = null & (torch.rand(size, generator=self.generator) < 0.5)  # no caption at all
+        masks = self.masks[pick].masked_fill(whole[:, None], 1)
+        return self.features[pick].float(), masks, null, fed.flatten(1), labels.flatten(1)
 
 
 def spoilt(clips: Tensor, keep: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
@@ -169,7 +171,7 @@ def train_video(
     vq, captioner = VQTokenizer.from_pretrained(vq_dir).eval(), AutoARPipeline.from_pretrained("emoji-128")
     data = ClipData.load(clips_dir)
     vocab, names = len(vq.codebook), [clip.name for clip in data.info]
-    tokens = tokenise(data, vq, out / "tokens.npy")
+    tokens = tokenise(data, vq, out)
     features, masks = caption_features(captioner, names)
     batches = ClipBatches(data, tokens, features, masks, vocab)
     model = VideoModel(vocab).train()

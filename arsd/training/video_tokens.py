@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arsd.provenance import weights_hash
 from arsd.tokenizers.vq import VQTokenizer
 from arsd.training.clips import FRAMES, ClipData
 from arsd.training.vq import fit
@@ -116,8 +117,12 @@ class ClipTokens:
 
 
 @torch.no_grad()
-def tokenise(data: ClipData, vq: VQTokenizer, cache: Path, rounds: int = 6) -> ClipTokens:
-    """The tokens of all clips (cached on disk); frequencies are those of the clips that are trained on."""
+def tokenise(data: ClipData, vq: VQTokenizer, folder: Path, rounds: int = 6) -> ClipTokens:
+    """The tokens of all clips; frequencies are those of the clips that are trained on.
+
+    They are kept in ``folder``, in a file whose name says which tokenizer made them.
+    """
+    cache = folder / f"tokens.{weights_hash(vq)[:12]}.npy"
     if cache.is_file() and len(np.load(cache, mmap_mode="r")) == 2 * len(data.info):
         both = torch.from_numpy(np.load(cache).astype(np.int64))
         return ClipTokens(*both.chunk(2))
