@@ -151,7 +151,7 @@ class VideoChatFeatures:
         seen = states[fed["input_ids"] == self._visual].view(len(clips), -1, self._width)
         frames = len(clips[0])
         each = seen.shape[1] // frames  # one token more ends the clip
-        return seen[:, : each * frames].reshape(len(clips), frames, each, -1).mean(2).float()
+        return seen[:, : each * frames].reshape(len(clips), frames, each, -1).mean(2).float().cpu()
 
 
 class I3DFeatures:
