@@ -18,6 +18,7 @@ from arsd.provenance import model_hash, weights_hash
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"  # of the published file
 SHIPPED = "emoji-video-chat"
+MOTION_WEIGHT = 4.0  # look and motion then vary alike over real clips
 _OPTIONS = ("rescale", "resize", "return_features")
 
 
@@ -74,9 +75,10 @@ def distance_name(extractor: VideoFeatures) -> str:
 class VideoChatFeatures:
     """What the shipped Video-LLM makes of a clip, for animated emoji only.
 
-    The states of its language model, half way up (where its training reads motion from them), at the visual tokens: averaged
-    over the tokens of each frame, they are a course over time. Features are the mean of the course (what is seen) and its
-    mean absolute change from frame to frame (how it moves).
+    The states of its language model, half way up (where its training reads motion from them), at the visual tokens: each
+    scaled to a mean square of 1, as the next layer does, and averaged over the tokens of each frame, they are a course over
+    time. Features are the mean of the course (what is seen) and :data:`MOTION_WEIGHT` times its mean absolute change from
+    frame to frame (how it moves). Without the scale a few clips of large states decide the distance.
 
     Args:
         source: shipped name or folder of a LLaVA-OneVision.
@@ -120,8 +122,8 @@ class VideoChatFeatures:
             "input_size": int(size["height"]),
             "resizer": f"video processor-{size['height']}x{size['width']}",
             "normalised": False,
-            "features": f"states after layer {self._layer} of the language model, averaged over the tokens of each frame: "
-            "mean over time, then mean absolute change from frame to frame",
+            "features": f"states after layer {self._layer} of the language model, each of mean square 1, averaged over the tokens "
+            f"of a frame: mean over time, then {MOTION_WEIGHT:g} times the mean absolute change from frame to frame",
             "dtype": "float32",
             "device": self.device.type,
         }
@@ -140,7 +142,7 @@ class VideoChatFeatures:
 
     def _run(self, clips: Sequence[np.ndarray]) -> Tensor:
         course = self.course(clips)
-        return torch.cat([course.mean(1), course.diff(dim=1).abs().mean(1)], dim=1)
+        return torch.cat([course.mean(1), MOTION_WEIGHT * course.diff(dim=1).abs().mean(1)], dim=1)
 
     @torch.no_grad()
     def course(self, clips: Sequence[np.ndarray]) -> Tensor:
@@ -149,6 +151,7 @@ class VideoChatFeatures:
         fed = self._processor(text=prompts, videos=videos, return_tensors="pt").to(self.device)
         states = self._model(**fed, output_hidden_states=True).hidden_states[self._layer]
         seen = states[fed["input_ids"] == self._visual].view(len(clips), -1, self._width)
+        seen = seen / seen.square().mean(-1, keepdim=True).sqrt()
         frames = len(clips[0])
         each = seen.shape[1] // frames  # one token more ends the clip
         return seen[:, : each * frames].reshape(len(clips), frames, each, -1).mean(2).float().cpu()

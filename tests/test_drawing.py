@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,15 +126,16 @@ def test_strangers_pictures_are_left_alone(pipe, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(pipe, tmp_path, monkeypatch):
-    save, saved = Image.Image.save, []
+    write, written = Path.write_bytes, []
 
-    def full(image, path, *args, **options):
-        if len(saved) == 3:
+    def full(path, content):
+        if len(written) == 3:
+            write(path, content[:10])
             raise OSError(28, "No space left on device")
-        saved.append(path)
-        return save(image, path, *args, **options)
+        written.append(path)
+        return write(path, content)
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError) as caught:
         whole(pipe, tmp_path)
     one_clear_line(caught.value, "No space left")
