@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arsd.cli.common import inputs_of, load_pipeline, sampling, size, table
+from arsd.cli.common import inputs_of, load_pipeline, sampling, size
+from arsd.cli.making import Account, open_picture, planned_paths, refuse_taken
 from arsd.errors import InputError
 
 SUFFIXES = (".webp", ".mp4")
@@ -19,8 +20,6 @@ def planned(names: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
     Raises:
         InputError: for a file name for several clips.
     """
-    from arsd.cli.generate import planned_paths
-
     if out.suffix.lower() not in SUFFIXES:
         return [[path.with_suffix("") for path in paths] for paths in planned_paths(names, n, seed, out)]
     if len(names) * n > 1:
@@ -30,13 +29,10 @@ def planned(names: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate, write, report."""
-    import torch
     from PIL import Image
 
-    from arsd.cli.generate import open_picture
     from arsd.clip_files import mp4_bytes, save_webp, write_file
     from arsd.decoding import parse_strategy
-    from arsd.provenance import picture_entry, tokens_sha256
     from arsd.video import read_video
 
     given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
@@ -57,9 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs: list[dict[str, Any]] = inputs_of(arguments) if named or begun is None else [{}]
     names = [str(next(iter(one.values()), Path(str(begun)).stem)) for one in inputs]
     plan = planned(names, arguments.n, arguments.seed, Path(arguments.out))
-    taken = [path for paths in plan for stem in paths for s in SUFFIXES if (path := Path(f"{stem}{s}")).exists()]
-    if taken and not arguments.overwrite:
-        raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
+    refuse_taken([Path(f"{stem}{suffix}") for stems in plan for stem in stems for suffix in SUFFIXES], arguments.overwrite)
     if arguments.image is not None:
         options["frames"] = open_picture(arguments.image)
     pipe, weights = load_pipeline(arguments)
@@ -69,52 +63,30 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"{arguments.clip} has {len(shown)} frames, not {arguments.clip_frames} (--clip-frames)")
         options["frames"] = [Image.fromarray(frame) for frame in shown[: arguments.clip_frames]]
     plan[0][0].parent.mkdir(parents=True, exist_ok=True)
-    decoder, rate = given or pipe.decoder, arguments.fps or pipe.frame_rate
-    show = not arguments.json
-    pipe.set_progress_bar_config(disable=None if show else True, unit="token", leave=False)
-    videos, rows, missing = [], [], ""
+    rate, missing = arguments.fps or pipe.frame_rate, []
+    account = Account.of(arguments, pipe, given)
+
+    def write(made: Any, i: int, stem: Path) -> dict[str, Any]:
+        record = {**pipe.record(made, i), "model": arguments.model, "seed": arguments.seed}
+        entry: dict[str, Any] = {"path": f"{stem}.webp", "frames": len(made.frames[i])}
+        save_webp(made.frames[i], entry["path"], record, rate, overwrite=arguments.overwrite)
+        try:
+            write_file(mp4_bytes(made.frames[i], rate), f"{stem}.mp4", overwrite=arguments.overwrite)
+        except InputError as error:
+            missing.append(str(error))
+            return entry
+        return {**entry, "mp4": f"{stem}.mp4"}
+
     for given_input, name, stems in zip(inputs, names, plan, strict=True):
-        made = pipe(**given_input, decoder=decoder, generator=torch.Generator().manual_seed(arguments.seed), **options)
-        entries = []
-        for i, stem in enumerate(stems):
-            record = {**pipe.record(made, i), "model": arguments.model, "seed": arguments.seed}
-            path = Path(f"{stem}.webp")
-            save_webp(made.frames[i], path, record, rate, overwrite=arguments.overwrite)
-            entry = {
-                **picture_entry(made, i),
-                "prompt": given_input.get("prompt"),
-                "path": str(path),
-                "frames": len(made.frames[i]),
-            }
-            try:
-                write_file(mp4_bytes(made.frames[i], rate), f"{stem}.mp4", overwrite=arguments.overwrite)
-                entry["mp4"] = f"{stem}.mp4"
-            except InputError as error:
-                missing = str(error)
-            entries.append(entry)
-        videos += entries
-        stats = made.stats
-        figures = [stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}"]
-        rows.append([name, str(decoder), *figures, ""])
-        if arguments.compare:
-            plain = pipe(**given_input, decoder="ar", generator=torch.Generator().manual_seed(arguments.seed), **options)
-            for i, entry in enumerate(entries):
-                changed = int((plain.tokens[i] != made.tokens[i]).sum())
-                same = {"tokens_sha256": tokens_sha256(plain.tokens[i]), "changed_tokens": changed}
-                entry["ar"] = {**picture_entry(plain, i), **same}
-            stats, differ = plain.stats, int((plain.tokens != made.tokens).sum())
-            rows[-1][-1] = "same tokens" if not differ else f"{differ} of {plain.tokens.numel()} tokens differ"
-            figures = [stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}"]
-            rows.append(["", "ar", *figures, ""])
-    told = {"model": arguments.model, "model_hash": weights, "decoder": str(decoder), "lossless": decoder.lossless}
+        account.make(name, {**given_input, **options}, stems, write)
     if arguments.json:
-        print(json.dumps({**told, "seed": arguments.seed, "frame_rate": rate, "videos": videos}, ensure_ascii=False))
+        print(account.as_json(arguments.model, weights, frame_rate=rate, videos=account.entries))
         return 0
-    print(table(["prompt", "decoder", "passes", "tokens/pass", "seconds", "against plain AR"], rows))
-    files = ", ".join(entry["path"] + (", " + entry["mp4"] if "mp4" in entry else "") for entry in videos[:3])
-    print(f"{files}{', ...' if len(videos) > 3 else ''}")
+    print(account.as_table())
+    files = ", ".join(entry["path"] + (", " + entry["mp4"] if "mp4" in entry else "") for entry in account.entries[:3])
+    print(f"{files}{', ...' if len(account.entries) > 3 else ''}")
     if missing:
-        print(f"no MP4: {missing}")
+        print(f"no MP4: {missing[-1]}")
     return 0
 
 
@@ -128,16 +100,3 @@ def read_actions(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read actions from {path}: {error}") from None
-
-
-def makes_clips(model: str) -> bool:
-    """Whether a model (shipped name, path or hub id) makes clips.
-
-    Raises:
-        CheckpointError: when there is no such model.
-    """
-    from arsd.pipelines.auto import find_model
-    from arsd.pipelines.families import pipeline_for, recognise
-    from arsd.pipelines.video import ARVideoPipeline
-
-    return issubclass(pipeline_for(recognise(find_model(model))), ARVideoPipeline)

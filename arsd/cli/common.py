@@ -117,10 +117,21 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[ARPipeline, str | None
     return pipe.to(device), pipe.model_hash
 
 
+def makes_clips(model: str) -> bool:
+    """Whether a model (shipped name, path or hub id) makes clips.
+
+    Raises:
+        CheckpointError: when there is no such model.
+    """
+    from arsd.pipelines.auto import find_model
+    from arsd.pipelines.families import pipeline_for, recognise
+    from arsd.pipelines.video import ARVideoPipeline
+
+    return issubclass(pipeline_for(recognise(find_model(model))), ARVideoPipeline)
+
+
 def refuse_clips(model: str, what: str) -> None:
     """Raise InputError for a model that makes clips, where a command shows or judges pictures."""
-    from arsd.cli.clips import makes_clips
-
     if makes_clips(model):
         raise InputError(f"{model} makes clips, and {what} takes models of pictures: see arsd generate, arsd bench")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from arsd.cli import generate
 from arsd.cli.common import DEFAULT_MODEL
+from arsd.cli.making import planned_paths
 
 PROMPTS = ("red apple", "dog face", "pizza", "rocket")
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser()
     generate.add_parser(parser.add_subparsers())
     status = generate.run(parser.parse_args(["generate", *PROMPTS, *options, "--decoder", "sjd"]))
-    paths = [path for paths in generate.planned_paths(list(PROMPTS), 1, arguments.seed, out) for path in paths]
+    paths = [path for paths in planned_paths(list(PROMPTS), 1, arguments.seed, out) for path in paths]
     sheet = contact_sheet([Image.open(path).convert("RGB") for path in paths], PROMPTS, columns=4, lines=1)
     sheet.save(out / "sheet.png")
     print(f"all of them on one sheet: {out / 'sheet.png'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from arsd.cli.common import (
     add_sampling_options,
     inputs_of,
     load_pipeline,
+    makes_clips,
     sampling,
     size,
-    table,
 )
+from arsd.cli.making import Account, open_picture, planned_paths, refuse_taken
 from arsd.errors import InputError
 
 
@@ -47,20 +47,6 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def planned_paths(prompts: list[str], n: int, seed: int, out: Path) -> list[list[Path]]:
-    """The file of every picture; two prompts with one slug are told apart by a number."""
-    from arsd.provenance import slug
-
-    seen: dict[str, int] = {}
-    plan = []
-    for prompt in prompts:
-        name = slug(prompt)
-        seen[name] = seen.get(name, 0) + 1
-        name = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        plan.append([out / f"{name}-seed{seed}-{i}.png" for i in range(n)])
-    return plan
-
-
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raise InputError for numbers that make no sense, before anything is loaded."""
     from arsd.decoding import LawConfig
@@ -78,16 +64,13 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate, write, report."""
-    import torch
-
-    from arsd.cli.clips import makes_clips
-    from arsd.cli.clips import run as run_clips
+    from arsd.cli import clips
     from arsd.decoding import parse_strategy
-    from arsd.provenance import picture_entry, save_png, tokens_sha256
+    from arsd.provenance import save_png
 
     check_numbers(arguments)
     if makes_clips(arguments.model):
-        return run_clips(arguments)
+        return clips.run(arguments)
     of_clips = [name for name in ("clip", "num_frames", "fps", "actions") if getattr(arguments, name) is not None]
     if of_clips:
         raise InputError(
@@ -98,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = parse_strategy(arguments.decoder) if arguments.decoder is not None else None
     out = Path(arguments.out)
     plan = planned_paths(prompts, arguments.n, arguments.seed, out)
-    taken = [path for paths in plan for path in paths if path.exists()]
-    if taken and not arguments.overwrite:
-        raise InputError(f"{taken[0]} exists: choose another --out, or pass --overwrite")
+    refuse_taken([path for paths in plan for path in paths], arguments.overwrite)
     options = {"num_images_per_prompt": arguments.n, **size(arguments), **sampling(arguments)}
     if arguments.negative_prompt is not None:
         options["negative_prompt"] = arguments.negative_prompt
@@ -108,61 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
         options |= {"image": open_picture(arguments.image), "strength": arguments.strength}
     out.mkdir(parents=True, exist_ok=True)
     pipe, weights = load_pipeline(arguments)
-    decoder = given or pipe.decoder
-    show = not arguments.json
-    pipe.set_progress_bar_config(disable=None if show else True, unit="token", leave=False)  # None: only on a terminal
-    images, rows = [], []
+    account = Account.of(arguments, pipe, given)
+
+    def write(made: Any, i: int, path: Path) -> dict[str, Any]:
+        record = {**pipe.record(made, i), "model": arguments.model, "seed": arguments.seed}
+        save_png(made.images[i], path, record, overwrite=arguments.overwrite)
+        return {"path": str(path)}
+
     for given_input, prompt, paths in zip(inputs, prompts, plan, strict=True):
-        seeded = torch.Generator().manual_seed(arguments.seed)
-        result = pipe(**given_input, decoder=decoder, generator=seeded, **options)
-        entries = []
-        for i, path in enumerate(paths):
-            entry = {**picture_entry(result, i), "prompt": prompt, "path": str(path)}
-            record = {**pipe.record(result, i), "model": arguments.model, "seed": arguments.seed}
-            save_png(result.images[i], path, record, overwrite=arguments.overwrite)
-            entries.append(entry)
-        images += entries
-        stats = result.stats
-        rows.append(
-            [prompt, str(decoder), stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""]
-        )
-        if arguments.compare:
-            seeded = torch.Generator().manual_seed(arguments.seed)
-            plain = pipe(**given_input, decoder="ar", generator=seeded, **options)
-            for i, entry in enumerate(entries):
-                changed = int((plain.tokens[i] != result.tokens[i]).sum())
-                same = {"tokens_sha256": tokens_sha256(plain.tokens[i]), "changed_tokens": changed}
-                entry["ar"] = {**picture_entry(plain, i), **same}
-            stats, differ = plain.stats, int((plain.tokens != result.tokens).sum())
-            verdict = "same tokens" if not differ else f"{differ} of {plain.tokens.numel()} tokens differ"
-            rows[-1][-1] = verdict
-            rows.append(["", "ar", stats.forward_passes, f"{stats.tokens_per_pass:.2f}", f"{stats.total_seconds:.2f}", ""])
-    report = {
-        "model": arguments.model,
-        "model_hash": weights,
-        "decoder": str(decoder),
-        "lossless": decoder.lossless,
-        "seed": arguments.seed,
-        "images": images,
-    }
+        account.make(prompt, {**given_input, **options}, paths, write)
     if arguments.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(account.as_json(arguments.model, weights, images=account.entries))
     else:
-        print(table(["prompt", "decoder", "passes", "tokens/pass", "seconds", "against plain AR"], rows))
-        print(f"{len(images)} picture{'s' * (len(images) > 1)} in {out}/")
+        print(account.as_table())
+        print(f"{len(account.entries)} picture{'s' * (len(account.entries) > 1)} in {out}/")
     return 0
-
-
-def open_picture(path: str) -> Any:
-    """A picture file, RGB.
-
-    Raises:
-        InputError: when it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
