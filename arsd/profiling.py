@@ -60,14 +60,20 @@ def make_profile(
         passes[window] = passes_of(pipe, inputs, window)
     costs = {batch: {window: statistics.median(readings[batch, window]) for window in (1, *windows)} for batch in batches}
     made_with = {"torch": torch.__version__, "pictures": len(inputs), "repeats": repeats}
+    made_with |= {"decoder": str(with_window(pipe.decoder, 2)).replace("window=2", "window=...")}
     total = pipe.make_grammar().num_tokens
     kind, dtype = device_kind(pipe.device), dtype_name(pipe)
     return Profile(name, pipe.model_hash, kind, dtype, total, costs, passes, made_with)
 
 
+def with_window(decoder: DecodingStrategy, window: int) -> SJD:
+    """SJD with a window, that begins its guesses as the pipeline's own strategy does."""
+    return SJD(window=window, init=decoder.config["init"] if isinstance(decoder, SJD) else "uniform")
+
+
 def round_seconds(pipe: Any, inputs: Sequence[Any], batch: int, window: int, rounds: int = ROUNDS) -> float:
     """Seconds of one round, everything included but the prefill; the decoding is broken off after ``rounds``."""
-    strategy: DecodingStrategy = Autoregressive() if window == 1 else SJD(window=window)
+    strategy = Autoregressive() if window == 1 else with_window(pipe.decoder, window)
 
     def stop(pipe: Any, step: int, done: int, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step + 1 >= rounds
@@ -83,5 +89,6 @@ def round_seconds(pipe: Any, inputs: Sequence[Any], batch: int, window: int, rou
 def passes_of(pipe: Any, inputs: Sequence[Any], window: int, batch: int = 4) -> list[int]:
     """Passes that each picture takes with a window (they hardly depend on the batch)."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(inputs))]
-    options = {"decoder": SJD(window=window), "output_type": "latent", "progress": False, "batch_size": batch}
+    options = {"decoder": with_window(pipe.decoder, window), "output_type": "latent", "progress": False}
+    options["batch_size"] = batch
     return list(pipe(**as_inputs(inputs), generator=generators, **options).stats.row_passes)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_pipeline import class_pipeline, hushed, one_clear_line, saved, seeded, text_pipeline
 
-from arsd import SJD, AutoARPipeline
+from arsd import SJD, AutoARPipeline, Autoregressive
 from arsd import profile as profile_module
 from arsd.cli import main
 from arsd.decoding.strategies import FALLBACK_WINDOW
 from arsd.devices import device_kind
 from arsd.errors import InputError
 from arsd.profile import Profile, find_profile, known_profiles, read_profile
-from arsd.profiling import make_profile
+from arsd.profiling import make_profile, with_window
 
 KIND = "cpu AVX2 4 threads"
 COSTS = {
@@ -129,6 +129,11 @@ def test_profile_command_measures_writes_and_shows(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["device_kind"] == device_kind("cpu")
     assert main(["profile", "--out", str(tmp_path / "my.json"), *small, *options]) == 0
     assert read_profile(tmp_path / "my.json").model_hash == measured.model_hash
+
+
+def test_a_profile_counts_passes_with_the_guesses_that_the_model_begins_with():
+    assert with_window(SJD(init="above", coupling="maximal"), 6).config["init"] == "above"
+    assert str(with_window(Autoregressive(), 6)) == "sjd:window=6"
 
 
 @pytest.mark.parametrize("wrong", [["--windows", "1"], ["--batches", "0"], ["--repeats", "0"]])
