@@ -4,10 +4,12 @@
     python benchmarks/video_generation.py passes    # tokens per pass: couplings x window x initial guesses, and frame-copy
     python benchmarks/video_generation.py speed     # seconds against plain AR, in turns, with the cost of a pass
     python benchmarks/video_generation.py sheets    # contact sheets in docs/images
+    python benchmarks/video_generation.py sets --clips runs/clips --out runs/sets   # what `arsd evaluate --video` compares
 
 `passes` counts and times nothing: rows share their passes, and a clip's passes are those it took part in. Under the coupling
 `gumbel` and for frame-copy every clip is held against plain AR's at a pass of one token. `speed` is `arsd bench`: strategies
-take turns call by call, one clip at a time. Options: --model, --prompts, --count, --dtype, --repeats, --decoders, --out.
+take turns call by call, one clip at a time. Options: --model, --prompts, --count, --batch, --dtype, --repeats, --decoders,
+--out.
 """
 
 from __future__ import annotations
@@ -138,14 +140,51 @@ def sheets(pipe: Any, arguments: argparse.Namespace) -> None:
     contact_sheet(frames, labels, columns=columns + 1).save(folder / "emoji-video-from-pictures.png")
 
 
+@torch.no_grad()
+def sets(pipe: Any, arguments: argparse.Namespace) -> None:
+    """Clips in ``.npz`` files [N, T, H, W, 3] uint8, and prompts, as ``arsd evaluate --video`` reads them.
+
+    ``real`` are training clips, ``other`` others of them, ``coded`` those through the frame tokenizer; ``made`` are made
+    from their names, and ``continued`` from names and first frames.
+    """
+    from arsd.training.clips import ClipData
+    from arsd.training.video_tokens import clip_pixels
+
+    data, folder = ClipData.load(arguments.clips), arguments.out or Path("runs/sets")
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = np.random.default_rng(0).permutation(data.indices(False))[: 2 * arguments.count]
+    pixels = torch.stack([(clip_pixels(data.frames[index]) + 1) / 2 for index in chosen])
+    pixels, names = pixels.clamp(0, 1), [data.info[index].name for index in chosen[arguments.count :]]
+    real, other = pixels.split(arguments.count)
+
+    def write(name: str, clips: Any) -> None:
+        np.savez(folder / f"{name}.npz", (clips * 255).round().byte().permute(0, 1, 3, 4, 2).numpy())
+        print(name, flush=True)
+
+    (folder / "prompts.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    write("real", real)
+    write("other", other)
+    coded = pipe.decode_frames(pipe.encode_frames(other.to(pipe.vq.dtype) * 2 - 1))
+    write("coded", (coded.float() / 2 + 0.5).clamp(0, 1))
+    for name, begun in (("made", None), ("continued", other[:, :1])):
+        parts = []
+        for start in range(0, len(names), arguments.batch):
+            few = slice(start, start + arguments.batch)
+            given = {} if begun is None else {"frames": begun[few]}
+            generators = [torch.Generator().manual_seed(n) for n in range(len(names))[few]]
+            parts.append(pipe(names[few], generator=generators, output_type="pt", progress=False, **given).frames.float())
+        write(name, torch.cat(parts))
+
+
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("prompts", "passes", "speed", "sheets"))
+    parser.add_argument("part", choices=("prompts", "passes", "speed", "sheets", "sets"))
     parser.add_argument("--clips", type=Path, default=Path("runs/clips"))
     parser.add_argument("--model", default="emoji-video")
     parser.add_argument("--prompts", type=Path, default=MOTION)
     parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
@@ -161,8 +200,8 @@ def main() -> None:
         pipe = arsd.AutoARPipeline.from_pretrained(
             arguments.model, dtype=resolve_dtype(arguments.dtype, torch.device("cpu"))
         )
-    if arguments.part == "sheets":
-        sheets(pipe, arguments)
+    if arguments.part in ("sheets", "sets"):
+        (sheets if arguments.part == "sheets" else sets)(pipe, arguments)
         return
     found = passes(pipe, arguments) if arguments.part == "passes" else speed(pipe, arguments)
     where = {"model": arguments.model, "model_hash": pipe.model_hash, "device": device_kind(pipe.device)}

@@ -181,7 +181,7 @@ class GLMImagePipeline(TokenImagePipeline):
     def codebook(self) -> Tensor:
         """See :class:`ARImagePipeline`; codes are compared by their directions."""
         embedding = self.vq.quantize.embedding
-        with in_use(embedding):
+        with in_use(self.transformer, embedding):
             return self.protocol.codebook(F.normalize(embedding.weight.to(self._execution_device), dim=-1))
 
     def law_config(self, given: dict[str, Any]) -> LawConfig:
