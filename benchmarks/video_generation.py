@@ -64,7 +64,7 @@ def choose(arguments: argparse.Namespace) -> None:
     print(MOTION.read_text(encoding="utf-8"))
 
 
-def decoded(pipe: Any, prompts: list[str], decoder: str, batch: int = 8) -> Any:
+def decoded(pipe: Any, prompts: list[str], decoder: str, batch: int) -> Any:
     """All prompts, each with the seed of its number."""
     generators = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
     return pipe(prompts, generator=generators, decoder=decoder, batch_size=batch, output_type="latent", progress=False)
@@ -73,7 +73,7 @@ def decoded(pipe: Any, prompts: list[str], decoder: str, batch: int = 8) -> Any:
 def passes(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per pass of everything."""
     prompts = read_motion(arguments.prompts)[: arguments.count]
-    plain = decoded(pipe, prompts, "ar").tokens
+    plain = decoded(pipe, prompts, "ar", arguments.batch).tokens
     rows: list[dict[str, Any]] = []
     asked = [f"frame-copy:draft_length={w - 1},guess={g}" for g in ("token", "law") for w in arguments.windows]
     asked += [
@@ -83,7 +83,7 @@ def passes(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         for w in arguments.windows
     ]
     for text in asked:
-        made = decoded(pipe, prompts, text)
+        made = decoded(pipe, prompts, text, arguments.batch)
         exact = arsd.parse_strategy(text).seed_exact
         same = int((made.tokens == plain).all(1).sum()) if exact else None
         each = [n / p for n, p in zip(made.stats.tokens, made.stats.row_passes, strict=True)]

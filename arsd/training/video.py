@@ -56,7 +56,7 @@ def make_transformer(vocab: int, width: int = 256, layers: int = 4) -> CosmosTra
         norm_eps=1e-5,
         condition_tokens=32,
         caption_dim=256,
-        sampling={"guidance_scale": 1.5, "temperature": 1.0, "top_k": 128, "top_p": 1.0},
+        sampling={"guidance_scale": 1.5, "temperature": 0.9, "top_k": 128, "top_p": 1.0},
         frame_rate=FRAME_RATE,
     )
 
