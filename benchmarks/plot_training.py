@@ -27,7 +27,23 @@ def curve(path: Path, key: str, x: str = "step") -> tuple[list[float], list[floa
     return steps, [points[step] for step in steps]
 
 
+def video() -> None:
+    """The frame tokenizer and the transformer of emoji-video."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    left.plot(*curve(DOCS / "training" / "video-vq.jsonl", "loss"))
+    left.set(title="frame tokenizer", xlabel="step", ylabel="loss", yscale="log")
+    log = DOCS / "training" / "video.jsonl"
+    right.plot(*curve(log, "loss"), linewidth=0.8, label="training (corrupted input)")
+    for key, label in (("probe", "training clips"), ("held_out", "held-out clips")):
+        for part, style in (("first", ".-"), ("later", ".:")):
+            right.plot(*curve(log, f"{key}_{part}_own"), style, label=f"{label}, {part} frame{'s' * (part == 'later')}")
+    right.set(title="transformer", xlabel="step", ylabel="nats per token")
+    right.legend(fontsize="small")
+    figure.savefig(DOCS / "images" / "emoji-video-training.png", dpi=110)
+
+
 def main() -> None:
+    video()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     vq, target = DOCS / "training" / "vq.jsonl", DOCS / "training" / "target.jsonl"
     left.plot(*curve(vq, "loss"))
