@@ -31,6 +31,7 @@ from arsd.run_folders import write_atomically
 
 HERE = Path(__file__).parent
 MOTION = HERE / "prompts" / "motion24.txt"
+EVERYDAY = ("winking face", "red heart", "dog face", "rocket", "face with tears of joy", "lion")
 WINDOWS = (16, 32, 64, 128, 256)
 COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")
 INITS = ("uniform", "left", "above", "previous-frame")
@@ -129,15 +130,16 @@ def speed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sheets(pipe: Any, arguments: argparse.Namespace) -> None:
-    """Contact sheets: clips of prompts, and clips that go on from a picture of emoji-128."""
+    """Contact sheets: clips of everyday prompts, those that move most, and these going on from pictures of emoji-128."""
     from arsd.sheets import contact_sheet
 
     folder = HERE.parent / "docs" / "images"
     prompts = read_motion(arguments.prompts)[: arguments.count]
-    made = pipe(prompts, generator=torch.Generator().manual_seed(0), batch_size=8, progress=False)
-    columns = len(made.frames[0])
-    labels = [name if t == 0 else "" for name in prompts for t in range(columns)]
-    contact_sheet([f for clip in made.frames for f in clip], labels, columns=columns).save(folder / "emoji-video.png")
+    for names, name in ((list(EVERYDAY), "emoji-video-everyday"), (prompts, "emoji-video")):
+        made = pipe(names, generator=torch.Generator().manual_seed(0), batch_size=8, progress=False)
+        columns = len(made.frames[0])
+        labels = [text if t == 0 else "" for text in names for t in range(columns)]
+        contact_sheet([f for clip in made.frames for f in clip], labels, columns=columns).save(folder / f"{name}.png")
     with quiet():
         painter: Any = arsd.AutoARPipeline.from_pretrained("emoji-128")
     begin = painter(prompts, generator=torch.Generator().manual_seed(0), progress=False).images
