@@ -122,8 +122,8 @@ class VideoChatFeatures:
             "input_size": int(size["height"]),
             "resizer": f"video processor-{size['height']}x{size['width']}",
             "normalised": False,
-            "features": f"states after layer {self._layer} of the language model, each of mean square 1, averaged over the tokens "
-            f"of a frame: mean over time, then {MOTION_WEIGHT:g} times the mean absolute change from frame to frame",
+            "features": f"states after layer {self._layer} of the language model, each of mean square 1, averaged over the "
+            f"tokens of a frame: mean over time, then {MOTION_WEIGHT:g} times the mean absolute change from frame to frame",
             "dtype": "float32",
             "device": self.device.type,
         }
