@@ -32,7 +32,7 @@ from arsd.run_folders import write_atomically
 HERE = Path(__file__).parent
 MOTION = HERE / "prompts" / "motion24.txt"
 EVERYDAY = ("winking face", "red heart", "dog face", "rocket", "face with tears of joy", "lion")
-LONGEST_COPY = 64  # longer drafts of copies change nothing, and take long
+LONGEST_COPY = 64  # drafts of 15 and of 63 copies make the same passes: longer ones only take long
 WINDOWS = (16, 32, 64, 128, 256)
 COUPLINGS = ("gumbel", "maximal", "gumbel-rejection", "independent")
 INITS = ("uniform", "left", "above", "previous-frame")
@@ -75,7 +75,7 @@ def decoded(pipe: Any, prompts: list[str], decoder: str, batch: int) -> Any:
 def passes(pipe: Any, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Tokens per pass of everything; what the file ``out`` already has of this model and these clips is kept."""
     prompts = read_motion(arguments.prompts)[: arguments.count]
-    about = {"model_hash": pipe.model_hash, "dtype": arguments.dtype, "prompts": len(prompts)}
+    about = {"model_hash": pipe.model_hash, "dtype": arguments.dtype, "clips": prompts}
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     rows = known["rows"] if all(known.get(name) == value for name, value in about.items()) else []
     asked = [
@@ -99,7 +99,7 @@ def passes(pipe: Any, arguments: argparse.Namespace, out: Path) -> dict[str, Any
             flush=True,
         )
         write_atomically(out, json.dumps({**about, "tokens": plain.shape[1], "rows": rows}, indent=1) + "\n")
-    return {"prompts": len(prompts), "tokens": plain.shape[1], "rows": rows}
+    return {"clips": prompts, "tokens": plain.shape[1], "rows": rows}
 
 
 def passes_table(found: dict[str, Any], windows: tuple[int, ...]) -> str:
