@@ -124,8 +124,13 @@ def speed(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds against plain AR."""
     prompts = read_motion(arguments.prompts)[: arguments.count]
     chosen = [arsd.parse_strategy(text) for text in ("ar", *arguments.decoders)]
-    shown = {"progress": lambda text: print(text, flush=True), "check": False}  # tokens are compared by `passes`
-    found = run_bench(pipe, chosen, prompts, repeats=arguments.repeats, **shown)
+
+    def show(text: str) -> None:
+        print(text, flush=True)
+
+    found = run_bench(
+        pipe, chosen, prompts, repeats=arguments.repeats, check=False, progress=show
+    )  # `passes` compares tokens
     for row in found["rows"]:
         row["share_of_possible"] = row["speedup"] / (row["tokens_per_pass"] / row["pass_cost_ratio"])
     return found
